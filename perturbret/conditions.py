@@ -1,0 +1,150 @@
+"""Condition names: one spelling per perturbation, and the genes that it targets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+CTRL = "ctrl"
+JOIN = "+"
+
+
+def canonical_condition(label: object, *, control_label: str | None, delimiter: str | None = JOIN) -> str:
+    """The one name of the condition that `label` spells.
+
+    Gene symbols are stripped, sorted and joined by `+`; a control that pads a single (`A+ctrl`, `ctrl+A`)
+    is left out, as is a repeated gene (`A+A` is `A`); a label of controls only is `ctrl`. The case of gene
+    symbols is kept, that of controls is ignored. A lower-case `ctrl` is a control in every screen; `CTRL`
+    is also the symbol of chymotrypsin like, and is read as that gene unless `control_label` is `ctrl`.
+
+    Parameters
+    ----------
+    label : object
+        As it stands in the source, usually a str.
+    control_label : str or None
+        How the source names its controls; may hold the delimiter (`non_targeting` with `_`). None: the source
+        has no name of its own for them.
+    delimiter : str or None, default "+"
+        What stands between the genes of a combination. None: labels are no gene combinations (cell types,
+        say); each is kept whole, its `+` written as the superscript `⁺` (`CD34⁺`), to stay one target.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        `label` is missing, names an empty gene, or holds `+` within a symbol; `delimiter` is empty.
+
+    Examples
+    --------
+    >>> canonical_condition("ctrl+KLF1", control_label="ctrl")
+    'KLF1'
+    >>> canonical_condition("KLF1_BAK1", control_label="control", delimiter="_")
+    'BAK1+KLF1'
+    """
+    if delimiter == "":
+        raise ValueError("delimiter: expected at least one character or None, got ''")
+    if label is None or label is pd.NA or label is pd.NaT or (isinstance(label, float) and np.isnan(label)):
+        raise ValueError(f"condition: expected a label, got the missing value {label!r}")
+    text = str(label).strip()
+    control = None if control_label is None else str(control_label).strip()
+    if _is_control(text, control):
+        return CTRL
+    if delimiter is None:
+        if not text:
+            raise ValueError(f"condition {label!r}: empty label")
+        return text.replace(JOIN, "⁺")
+
+    parts = [part.strip() for part in text.split(delimiter)]
+    if control and delimiter in control:
+        parts = _join_controls(parts, [part.strip().casefold() for part in control.split(delimiter)])
+    genes = set()
+    for position, part in enumerate(parts, start=1):
+        if not part:
+            raise ValueError(f"condition {label!r}: empty gene symbol at position {position}")
+        if _is_control(part, control):
+            continue
+        if JOIN in part:
+            raise ValueError(
+                f"condition {label!r}: expected genes separated by {delimiter!r}, got '+' in gene symbol "
+                f"{part!r} at position {position}"
+            )
+        genes.add(part)
+    return JOIN.join(sorted(genes)) or CTRL
+
+
+def canonical_conditions(
+    labels: Sequence, *, control_label: str | None, delimiter: str | None = JOIN
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Canonical names of many labels, and what was merged on the way.
+
+    Parameters
+    ----------
+    labels : Series, array or list, length n
+    control_label, delimiter
+        As for `canonical_condition`.
+
+    Returns
+    -------
+    conditions : ndarray of str, shape (n,)
+    merged : DataFrame
+        Columns `raw`, `condition`, `n_cells`; one row per raw label that shares its condition with another
+        raw label, ordered by condition and label. Empty when nothing was merged.
+
+    Raises
+    ------
+    ValueError
+        As `canonical_condition`; missing labels are named with their number and the first one's position.
+    """
+    codes, raw = pd.factorize(np.asarray(labels, dtype=object), use_na_sentinel=True)
+    missing = np.flatnonzero(codes < 0)
+    if len(missing):
+        raise ValueError(
+            f"condition: expected a label for each of {len(codes)} cells, {len(missing)} have none "
+            f"(first at position {missing[0]})"
+        )
+    names = np.array(
+        [canonical_condition(label, control_label=control_label, delimiter=delimiter) for label in raw],
+        dtype=str,
+    )
+    table = pd.DataFrame(
+        {
+            "raw": [str(label) for label in raw],
+            "condition": names.astype(object),
+            "n_cells": np.bincount(codes, minlength=len(raw)),
+        }
+    )
+    merged = table[table["condition"].duplicated(keep=False)].sort_values(
+        ["condition", "raw"], ignore_index=True
+    )
+    return names[codes], merged
+
+
+def targets(condition: str) -> tuple[str, ...]:
+    """Perturbed genes of a canonical `condition`, in name order; none for controls."""
+    return () if condition == CTRL else tuple(condition.split(JOIN))
+
+
+def shared_targets(a: str, b: str) -> bool:
+    """Whether two canonical conditions perturb a common gene. Controls share nothing."""
+    return not set(targets(a)).isdisjoint(targets(b))
+
+
+def _is_control(text: str, control: str | None) -> bool:
+    return text == CTRL or (bool(control) and text.casefold() == control.casefold())
+
+
+def _join_controls(parts: list[str], control: list[str]) -> list[str]:
+    """Put back together the controls whose own name holds the delimiter."""
+    joined, start = [], 0
+    while start < len(parts):
+        run = parts[start : start + len(control)]
+        if [part.casefold() for part in run] == control:
+            joined.append(CTRL)
+            start += len(control)
+        else:
+            joined.append(parts[start])
+            start += 1
+    return joined

@@ -1,0 +1,113 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perturbret.conditions import CTRL, canonical_condition, canonical_conditions, shared_targets, targets
+
+GENES = st.sampled_from(["KLF1", "BAK1", "HLA-A", "C3orf72", "AC004381.6"])
+
+
+@pytest.mark.parametrize(
+    ("label", "control", "delimiter", "expected"),
+    [
+        ("KLF1", "ctrl", "+", "KLF1"),
+        ("KLF1+ctrl", "ctrl", "+", "KLF1"),
+        ("ctrl+KLF1", "ctrl", "+", "KLF1"),
+        ("KLF1+BAK1", "ctrl", "+", "BAK1+KLF1"),
+        ("BAK1+KLF1", "ctrl", "+", "BAK1+KLF1"),
+        (" KLF1 + BAK1\n", "ctrl", "+", "BAK1+KLF1"),
+        ("KLF1+KLF1", "ctrl", "+", "KLF1"),
+        ("CTRL", "ctrl", "+", CTRL),
+        ("Ctrl+KLF1", "ctrl", "+", "KLF1"),
+        ("ctrl+ctrl", "ctrl", "+", CTRL),
+        (" Control ", "control", "+", CTRL),
+        ("KLF1_BAK1", "control", "_", "BAK1+KLF1"),
+        ("CONTROL_KLF1", "control", "_", "KLF1"),
+        ("KLF1 | BAK1", "NT", "|", "BAK1+KLF1"),
+        ("KLF1--BAK1", "non-targeting", "--", "BAK1+KLF1"),
+        ("Non-Targeting", "non-targeting", "+", CTRL),
+        ("non_targeting", "non_targeting", "_", CTRL),
+        ("KLF1_non_targeting", "non_targeting", "_", "KLF1"),
+        ("non_targeting_KLF1_Non_Targeting", "non_targeting", "_", "KLF1"),
+        ("KLF1+ctrl", "control", "+", "KLF1"),  # ctrl is a control whatever the source calls its own
+        ("CTRL", "non-targeting", "+", "CTRL"),  # chymotrypsin like
+        ("klf1", "ctrl", "+", "klf1"),  # mouse symbols stay as they are
+        ("KLF1", None, "+", "KLF1"),
+        ("CD4+/CD25 T Reg", None, None, "CD4⁺/CD25 T Reg"),
+        (7, "ctrl", "+", "7"),
+    ],
+)
+def test_one_spelling_for_each_condition(label, control, delimiter, expected):
+    assert canonical_condition(label, control_label=control, delimiter=delimiter) == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "delimiter", "message"),
+    [
+        ("A++B", "+", r"condition 'A\+\+B': empty gene symbol at position 2"),
+        ("+A", "+", r"empty gene symbol at position 1"),
+        ("A+ ", "+", r"empty gene symbol at position 2"),
+        ("ctrl+", "+", r"empty gene symbol at position 2"),
+        ("", "+", r"condition '': empty gene symbol at position 1"),
+        ("  ", None, r"condition '  ': empty label"),
+        (
+            "A+B_C",
+            "_",
+            r"condition 'A\+B_C': expected genes separated by '_', got '\+' in gene symbol 'A\+B' at po",
+        ),
+        (None, "+", "missing value None"),
+        (float("nan"), "+", "missing value nan"),
+        (pd.NA, "+", "missing value <NA>"),
+        ("A", "", "delimiter: expected at least one character or None, got ''"),
+    ],
+)
+def test_bad_labels_are_refused_by_name(label, delimiter, message):
+    with pytest.raises(ValueError, match=message):
+        canonical_condition(label, control_label="ctrl", delimiter=delimiter)
+
+
+@given(st.permutations(["KLF1", "BAK1", "ctrl", "CTRL", "C3orf72"]), st.sampled_from(["+", " + ", "+ "]))
+def test_order_padding_and_blanks_do_not_matter(parts, join):
+    assert canonical_condition(join.join(parts), control_label="ctrl") == "BAK1+C3orf72+KLF1"
+
+
+@given(st.lists(GENES, max_size=4), st.sampled_from(["+", "_", " ", "|"]))
+def test_canonical_names_stay_as_they_are(genes, delimiter):
+    name = canonical_condition(delimiter.join([*genes, "ctrl"]), control_label="ctrl", delimiter=delimiter)
+    assert canonical_condition(name, control_label="ctrl") == name
+    assert targets(name) == tuple(sorted(set(genes)))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, pd.Series, pd.Categorical])
+def test_many_labels_and_what_was_merged(kind):
+    raw = kind(["A+ctrl", "ctrl+A", "B+A", "A+B", "C", "ctrl", "A+ctrl"])
+    names, merged = canonical_conditions(raw, control_label="ctrl")
+    assert names.tolist() == ["A", "A", "A+B", "A+B", "C", "ctrl", "A"]
+    assert names.dtype.kind == "U"
+    assert merged.to_dict("list") == {
+        "raw": ["A+ctrl", "ctrl+A", "A+B", "B+A"],
+        "condition": ["A", "A", "A+B", "A+B"],
+        "n_cells": [2, 1, 1, 1],
+    }
+
+
+def test_nothing_merged_gives_an_empty_table():
+    names, merged = canonical_conditions(["A", "ctrl", "A"], control_label="ctrl")
+    assert names.tolist() == ["A", "ctrl", "A"]
+    assert merged.empty and list(merged.columns) == ["raw", "condition", "n_cells"]
+
+
+def test_missing_labels_are_counted():
+    with pytest.raises(ValueError, match=r"each of 4 cells, 2 have none \(first at position 1\)"):
+        canonical_conditions(["A", None, "B", float("nan")], control_label="ctrl")
+
+
+def test_targets_and_shared_targets():
+    assert targets(CTRL) == ()
+    assert targets("A+B") == ("A", "B")
+    assert shared_targets("A+B", "B") and shared_targets("A+B", "B+C") and shared_targets("A", "A")
+    assert (
+        not shared_targets("A+B", "AB") and not shared_targets(CTRL, CTRL) and not shared_targets("A", CTRL)
+    )
