@@ -1,0 +1,200 @@
+"""Encoders: from masked cells to embeddings and, where there is a head, to log-probabilities of conditions."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import issparse
+from scipy.special import log_softmax
+
+from .atomic import replacing
+from .features import compute_features
+from .prepare import Cells, Context
+
+_CHUNK_VALUES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x -> x @ weight + bias, or x * weight + bias where `weight` is a vector; then max(0, .) where `relu`.
+
+    Attributes
+    ----------
+    weight : ndarray of float32, shape (p, d) or (d,)
+    bias : ndarray of float32, shape (d,)
+    relu : bool
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    relu: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "weight", np.ascontiguousarray(self.weight, np.float32))
+        object.__setattr__(self, "bias", np.ascontiguousarray(self.bias, np.float32))
+        if self.weight.ndim not in (1, 2) or self.bias.shape != self.weight.shape[-1:]:
+            raise ValueError(
+                f"layer: expected a weight (p, d) or (d,) and a bias (d,), got {self.weight.shape} and "
+                f"{self.bias.shape}"
+            )
+
+    def __call__(self, values) -> np.ndarray:
+        """Apply to a csr_matrix or ndarray (n, p), in float64: rounding to float32 afterwards then hides the order of
+        sums, which depends on how many rows a matrix product gets."""
+        if self.weight.ndim == 1:
+            values = values.toarray() if issparse(values) else values
+            values = values * self.weight.astype(np.float64)
+        else:
+            values = np.asarray(values.astype(np.float64) @ self.weight.astype(np.float64))
+        values += self.bias
+        return np.maximum(values, 0, out=values) if self.relu else values
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Features, then layers to an embedding, then optionally a head to log-probabilities.
+
+    Attributes
+    ----------
+    kind : str
+        Name of the method.
+    features : str
+        A name that `perturbret.features.compute_features` knows.
+    settings : mapping
+        What the features need, and the hyperparameters chosen; JSON-able.
+    layers : tuple of Layer
+        None: the features are the embedding.
+    head : Layer or None
+        Embedding to unnormalised log-probabilities of `classes`.
+    classes : tuple of str
+    log_prior : ndarray of float64, shape (C,), or None
+        Log share of each class among training cells; None where the head does not carry it.
+    context : Context
+    """
+
+    kind: str
+    features: str
+    settings: Mapping
+    layers: tuple[Layer, ...]
+    head: Layer | None
+    classes: tuple[str, ...]
+    log_prior: np.ndarray | None
+    context: Context
+
+    def __post_init__(self):
+        if self.head is not None and len(self.head.bias) != len(self.classes):
+            raise ValueError(f"head: expected {len(self.classes)} classes, got {len(self.head.bias)}")
+
+    def embed(self, cells: Cells) -> np.ndarray:
+        """Embeddings of masked cells, float32 (n, d); a cell's does not depend on the others.
+
+        Raises
+        ------
+        ValueError
+            The cells have another number of genes than those the encoder was fitted on.
+        """
+        if cells.counts.shape[1] != self.context.n_genes:
+            raise ValueError(f"cells: expected {self.context.n_genes} genes, got {cells.counts.shape[1]}")
+        widths = [len(layer.bias) for layer in self.layers]
+        step = max(64, _CHUNK_VALUES // max([512, *widths]))
+        starts = range(0, max(len(cells), 1), step)
+        return np.concatenate([self._embed(cells.take(np.s_[start : start + step])) for start in starts])
+
+    def _embed(self, cells: Cells) -> np.ndarray:
+        values = compute_features(self.features, cells, self.settings)
+        for layer in self.layers:
+            values = layer(values)
+        return (values.toarray() if issparse(values) else values).astype(np.float32)
+
+    def log_proba(self, embeddings: np.ndarray) -> np.ndarray | None:
+        """Log-probabilities of `classes`, float64 (n, C); None without a head."""
+        if self.head is None:
+            return None
+        return log_softmax(self.head(np.asarray(embeddings)), axis=1)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write `encoder.json` and `weights.safetensors` to `directory`, atomically."""
+        from safetensors.numpy import save_file
+
+        arrays = {}
+        for i, layer in enumerate(self.layers):
+            arrays |= {f"layers.{i}.weight": layer.weight, f"layers.{i}.bias": layer.bias}
+        if self.head is not None:
+            arrays |= {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        if self.log_prior is not None:
+            arrays["log_prior"] = np.ascontiguousarray(self.log_prior, np.float64)
+        description = {
+            "format": "layers",
+            "kind": self.kind,
+            "features": self.features,
+            "settings": dict(self.settings),
+            "relu": [layer.relu for layer in self.layers],
+            "classes": list(self.classes),
+            "context": asdict(self.context),
+        }
+        with replacing(directory) as temporary:
+            temporary.mkdir()
+            save_file(arrays, temporary / "weights.safetensors")
+            text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+            (temporary / "encoder.json").write_text(text, encoding="utf-8")
+
+
+def load_encoder(run_directory: str | os.PathLike, name: str = "encoder"):
+    """The encoder that a run saved: what evaluation gets, whatever the method.
+
+    Parameters
+    ----------
+    run_directory : path
+        outputs/<dataset>/<run>
+    name : str
+        Folder within it: `encoder`, or `null_encoder` for the one fitted on permuted labels.
+
+    Returns
+    -------
+    Encoder, or an object with the same `embed`, `log_proba`, `classes`, `log_prior` and `context`
+        Equal to the saved one, bit by bit.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no saved encoder.
+    ValueError
+        It has a format that this version does not read.
+    """
+    directory = Path(run_directory) / name
+    path = directory / "encoder.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{directory}: expected a saved encoder, found no encoder.json; fit the run first"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved.get("format") == "layers":
+        return _load_layers(directory, saved)
+    if saved.get("format") == "bayes":
+        from .bayes import load_bayes
+
+        return load_bayes(directory)
+    raise ValueError(f"{path}: expected format 'layers' or 'bayes', got {saved.get('format')!r}")
+
+
+def _load_layers(directory: Path, saved: dict) -> Encoder:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(directory / "weights.safetensors")
+    layers = tuple(
+        Layer(arrays[f"layers.{i}.weight"], arrays[f"layers.{i}.bias"], relu)
+        for i, relu in enumerate(saved["relu"])
+    )
+    return Encoder(
+        kind=saved["kind"],
+        features=saved["features"],
+        settings=saved["settings"],
+        layers=layers,
+        head=Layer(arrays["head.weight"], arrays["head.bias"]) if "head.weight" in arrays else None,
+        classes=tuple(saved["classes"]),
+        log_prior=arrays.get("log_prior"),
+        context=Context(**saved["context"]),
+    )
