@@ -1,0 +1,156 @@
+"""Fit a run's encoder and evaluate it: the two steps behind notebooks 03 and 05."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from .atomic import replacing, write_json, write_text
+from .baselines import fit_baseline
+from .compare import LEAK_FREE, collect
+from .encoders import load_encoder
+from .evaluate import evaluate, null_control, summarise
+from .nulls import permute_conditions
+from .prepare import Prepared, prepare
+from .provenance import code_hash, directory_hash, environment
+from .runs import Run, open_run, outputs_root, write_table
+from .screen import Screen
+
+# What a fitted encoder depends on, with all that these import: a change of their code makes an encoder stale.
+FIT_MODULES = ("datasets", "splits", "prepare", "baselines", "evaluate")
+
+
+def fit_run(run: Run) -> pd.DataFrame:
+    """Fit the run's encoder and its null twin, or keep those that are there.
+
+    An encoder is kept when it was made with the same parameters, data and fitting code. Validation scores of
+    every read-out are written beside it; query cells are not touched.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The hyperparameter settings tried, with validation exact_hit@1 and the choice.
+    """
+    code = code_hash(*FIT_MODULES)
+    made = run.manifest.get("fit")
+    same = made and made["params"] == run.params and made["context"] == asdict(run.prepared.context)
+    if same and made["code"] == code and _intact(run.directory, made):
+        return pd.read_csv(run.directory / "selection.csv")
+    started = time.perf_counter()
+    (run.directory / "manifest.json").unlink(missing_ok=True)
+    kind, seed = run.params["encoder"], run.params["seed"]
+    fitted = fit_baseline(kind, run.prepared, seed=seed, search=run.params["search"] or None)
+    fitted.encoder.save(run.directory / "encoder")
+    null = fit_baseline(kind, null_twin(run), seed=seed, fixed=fitted.chosen)
+    null.encoder.save(run.directory / "null_encoder")
+    validation = summarise(
+        evaluate(fitted.encoder, run.prepared, role="val", query_sizes=(1,), seed=seed), seed=seed
+    )
+    write_table(run.directory / "validation.csv", validation)
+    write_table(run.directory / "selection.csv", fitted.selection)
+    write_text(run.directory / "params.yaml", yaml.safe_dump(run.params, sort_keys=False))
+    fit = {
+        "params": run.params,
+        "context": asdict(run.prepared.context),
+        "chosen": fitted.chosen,
+        "code": code,
+        "encoder_sha256": directory_hash(run.directory / "encoder"),
+        "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
+        "wall_s": round(time.perf_counter() - started, 2),
+    }
+    write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment()})
+    return fitted.selection
+
+
+def null_twin(run: Run) -> Prepared:
+    """The run's cells with labels permuted within role and batch, masked by the permuted labels."""
+    prepared = run.prepared
+    permuted = permute_conditions(
+        prepared.conditions, prepared.roles, batch=prepared.cells.batch, seed=run.params["seed"]
+    )
+    return prepare(run.screen, run.split, mask=run.params["mask"], conditions=permuted)
+
+
+def evaluate_run(
+    run: Run, *, libraries: list, query_sizes: list, poolings: list, n_resamples: int = 1000
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Score the saved encoder on the query cells and write scores, summary and null control.
+
+    Returns
+    -------
+    scores : pandas.DataFrame
+        One row per query and read-out.
+    summary : pandas.DataFrame
+        Estimates with intervals.
+    null : pandas.DataFrame
+        The null control, one row per read-out.
+    """
+    started = time.perf_counter()
+    fit_run(run)
+    encoder, null_encoder = load_encoder(run.directory), load_encoder(run.directory, "null_encoder")
+    for loaded in (encoder, null_encoder):
+        loaded.context.check(run.prepared.context)
+    seed = run.params["seed"]
+    options = {"libraries": tuple(libraries), "seed": seed}
+    scores = evaluate(
+        encoder,
+        run.prepared,
+        role="query",
+        query_sizes=tuple(query_sizes),
+        poolings=tuple(poolings),
+        **options,
+    )
+    summary = summarise(scores, n_resamples=n_resamples, seed=seed)
+    null = null_control(null_encoder, null_twin(run), role="query", **options)
+    # Tables are replaced one by one: until all are there, the manifest must not vouch for them.
+    manifest = {name: part for name, part in run.manifest.items() if name != "evaluation"}
+    write_json(run.directory / "manifest.json", manifest)
+    with replacing(run.directory / "scores.parquet") as temporary:
+        scores.to_parquet(temporary, index=False)
+    write_table(run.directory / "summary.csv", summary)
+    write_table(run.directory / "null_control.csv", null)
+    save_embeddings(run, encoder)
+    manifest["evaluation"] = {
+        "libraries": list(libraries),
+        "query_sizes": list(query_sizes),
+        "poolings": list(poolings),
+        "n_resamples": n_resamples,
+        "encoder_sha256": manifest["fit"]["encoder_sha256"],
+        "checks": {"context": "passed", "null_p_value_min": float(null["p_value"].min())},
+        "wall_s": round(time.perf_counter() - started, 2),
+    }
+    write_json(run.directory / "manifest.json", manifest)
+    return scores, summary, null
+
+
+def ensure_runs(screen: Screen, *, outputs: str = "") -> None:
+    """Where a dataset has no finished run under the leak-free mask yet, make two: PCA and logistic regression."""
+    finished, _ = collect(outputs_root(outputs) / screen.name)
+    if any(run.params["mask"] == LEAK_FREE for run in finished):
+        return
+    for encoder in ("pca", "logreg"):
+        run = open_run(screen, encoder=encoder, mask=LEAK_FREE, seed=0, outputs=outputs)
+        evaluate_run(run, libraries=["mean"], query_sizes=[1, 5, 10, 20], poolings=["scores", "embeddings"])
+
+
+def save_embeddings(run: Run, encoder) -> None:
+    """Write embeddings.h5ad: X = cells x d, obs = condition, role, batch."""
+    import anndata
+
+    prepared = run.prepared
+    obs = pd.DataFrame({"condition": prepared.conditions, "role": prepared.roles}, index=prepared.cells.names)
+    if prepared.cells.batch is not None:
+        obs["batch"] = prepared.cells.batch
+    adata = anndata.AnnData(encoder.embed(prepared.cells), obs=obs.astype("category"))
+    adata.uns["perturbret"] = {name: str(value) for name, value in run.params.items()}
+    with replacing(run.directory / "embeddings.h5ad") as temporary:
+        adata.write_h5ad(temporary, compression="lzf")
+
+
+def _intact(directory: Path, made: dict) -> bool:
+    folders = ("encoder", "null_encoder")
+    return all((directory / folder).is_dir() for folder in folders) and all(
+        directory_hash(directory / folder) == made[f"{folder}_sha256"] for folder in folders
+    )

@@ -1,0 +1,137 @@
+"""One run = one encoder under one mask, split and seed: its directory, its manifest, reuse without surprises."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .atomic import replacing
+from .prepare import Prepared, prepare
+from .screen import Screen
+from .splits import Split, get_split
+
+
+class RunExists(ValueError):
+    """A run of that name was made with other parameters."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory with everything needed to fit or evaluate in it.
+
+    Attributes
+    ----------
+    directory : pathlib.Path
+        outputs/<dataset>/<run>/
+    params : dict
+        Resolved parameters; equal parameters on equal data give equal results.
+    screen : Screen
+    split : Split
+    prepared : Prepared
+    """
+
+    directory: Path
+    params: dict
+    screen: Screen
+    split: Split
+    prepared: Prepared
+
+    @property
+    def manifest(self) -> dict:
+        """Content of manifest.json; empty where there is none yet."""
+        return read_manifest(self.directory)
+
+
+def outputs_root(outputs: str = "") -> Path:
+    """The outputs directory: the argument, else PERTURBRET_OUTPUTS, else `outputs` of the checkout."""
+    named = outputs or os.environ.get("PERTURBRET_OUTPUTS", "")
+    if named:
+        return Path(named).resolve()
+    checkout = Path(__file__).resolve().parents[1]
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "outputs"
+
+
+def run_name(encoder: str, mask: str, seed: int) -> str:
+    """Directory name of a run, e.g. `logreg-all_targets-seed0`."""
+    return f"{encoder.replace(':', '.')}-{mask}-seed{seed}"
+
+
+def open_run(
+    screen: Screen,
+    *,
+    encoder: str,
+    mask: str,
+    seed: int,
+    track: str = "in_dist",
+    search: dict | None = None,
+    run: str = "",
+    outputs: str = "",
+    overwrite: bool = False,
+) -> Run:
+    """Make ready the directory, split and masked cells of a run.
+
+    Parameters
+    ----------
+    screen : Screen
+    encoder, mask, track : str
+    seed : int
+        Seeds the split, the fit and the null control.
+    search : dict, optional
+        Hyperparameter values to choose among on validation, name to list.
+    run : str
+        Name of the directory; empty for `run_name(encoder, mask, seed)`.
+    outputs : str
+        See `outputs_root`.
+    overwrite : bool
+        Allow a run of the same name with other parameters to be replaced.
+
+    Raises
+    ------
+    RunExists
+        The directory holds a run with other parameters or other data, and `overwrite` is false.
+    """
+    root = outputs_root(outputs) / screen.name
+    directory = root / (run or run_name(encoder, mask, seed))
+    split = get_split(screen, track=track, seed=seed, directory=root / "splits")
+    prepared = prepare(screen, split, mask=mask)
+    params = {"dataset": screen.name, "encoder": encoder, "mask": mask, "track": track, "seed": int(seed)}
+    params["search"] = search or {}
+    made = read_manifest(directory).get("fit")
+    if made and not overwrite:
+        asked = {**params, **asdict(prepared.context)}
+        there = {**made["params"], **made["context"]}
+        for name, value in asked.items():
+            if there.get(name) != value:
+                raise RunExists(
+                    f"{directory.name}: the run there has {name}={there.get(name)!r}, asked for {value!r}; "
+                    f"give another run name, or overwrite=True to replace it"
+                )
+    return Run(directory, params, screen, split, prepared)
+
+
+def read_manifest(directory: Path) -> dict:
+    """Content of a run's manifest.json; empty where there is none."""
+    path = Path(directory) / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV atomically, floats with enough digits to read back what matters (9)."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g")
+
+
+def announce(screen: Screen) -> None:
+    """Show what data this notebook works on; a simulated screen puts a banner on the page."""
+    from IPython.display import display
+
+    line = (
+        f"**{screen.name}**: {screen.n_cells:,} cells × {screen.n_genes:,} genes, {len(screen.conditions)} conditions; "
+        f"fingerprint `{screen.fingerprint[:12]}`"
+    )
+    bundle = {"text/markdown": line, "application/vnd.perturbret+json": {"simulated": screen.simulated}}
+    if screen.simulated:
+        bundle["text/markdown"] = "**SIMULATED DATA** — " + line
+    display(bundle, raw=True)

@@ -1,0 +1,277 @@
+"""Drive the workflow of one dataset: check the grid, run Snakemake on it, build report and index from what is there."""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from .atomic import write_json
+from .grid import AUDIT, EVALUATION, REPORT, ROOT, VOCAB, Grid, load_grid
+from .index import write_index
+from .parameters import declared_parameters
+from .progress import Progress, counted, duration
+from .provenance import data_files, modules_behind
+from .registry import Entry
+
+PACKAGE = Path(__file__).resolve().parent
+RULES = {"audit": AUDIT, "vocab": VOCAB, "baselines": "03_baselines"}
+RULES |= {"evaluate": EVALUATION, "report": REPORT}
+
+
+def run_report(
+    dataset: str,
+    grid: str | Path,
+    *,
+    cores: int,
+    outputs: str | Path = "outputs",
+    notebooks: str | Path = ROOT / "notebooks",
+    profile: str = "default",
+) -> int:
+    """Run the grid on a dataset; write outputs/<dataset>/ and outputs/index.html.
+
+    Parameters
+    ----------
+    dataset : str
+        A name, a YAML file or `auto`; see `perturbret.datasets.resolve_dataset`.
+    grid : path
+        A file like params/ablation.yaml.
+    cores : int
+        Notebooks executed at the same time; each uses one core.
+    outputs, notebooks : path
+    profile : str
+        A directory of workflow/profiles/, or the path of one.
+
+    Returns
+    -------
+    int
+        0; 1 where a notebook failed, though the others finished and the index is there.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Anything that is wrong with dataset or grid; nothing was executed.
+    """
+    from .datasets import resolve_dataset
+    from .fetch import fetch
+
+    if cores < 1:
+        raise ValueError(f"cores: expected at least 1, got {cores}")
+    started = time.time()
+    settings = find_profile(profile)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        entry = resolve_dataset(dataset)
+    for note in notes:
+        _say(f"note: {note.message}")
+    asked = str(Path(dataset).resolve()) if dataset.endswith((".yaml", ".yml")) else entry.name
+    checked = load_grid(grid, entry, dataset=asked, notebooks=notebooks)
+    outputs = Path(outputs).resolve()
+    for recipe, reason in checked.skipped:
+        _say(f"skipped {recipe}: {reason}")
+    file = None if entry.simulated else fetch(entry)
+    with exclusive(outputs) as lock:
+        workdir = outputs / entry.name
+        plan = make_plan(entry, checked, file=file, workdir=workdir, notebooks=Path(notebooks))
+        _say(
+            f"{entry.name}: {counted(len(checked.runs), 'run')}; log: {_short(workdir / 'report' / 'workflow.log')}"
+        )
+        call = {"plan": plan, "workdir": workdir, "cores": cores, "profile": settings, "lock": lock}
+        code, failed = _snakemake("all", append=False, **call)
+        broken = {run for run, _ in failed}
+        plan["evaluated"] = [
+            name
+            for name in plan["runs"]
+            if name not in broken and (workdir / name / f"{EVALUATION}.ipynb").exists()
+        ]
+        if code and not failed:
+            _say_log(workdir)
+        elif plan["evaluated"]:
+            if "failed" in declared_parameters(Path(notebooks) / f"{REPORT}.ipynb"):
+                plan["report"]["failed"] = sorted(broken & set(plan["runs"]))
+            report_code, report_failed = _snakemake(
+                "report/06_ablation_report.ipynb", "--allowed-rules", "report", append=True, **call
+            )
+            if report_code and not report_failed:
+                _say_log(workdir)
+            code, failed = code or report_code, {**failed, **report_failed}
+        page = write_index(outputs)
+    _say_end(failed, page, time.time() - started)
+    return 1 if code or failed else 0
+
+
+def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, notebooks: Path) -> dict:
+    """What the Snakefile works from: JSON-able, paths relative to `workdir`."""
+    notebooks = notebooks.resolve()
+    names = {AUDIT, VOCAB, EVALUATION, REPORT, *(run.notebook for run in grid.runs)}
+    return {
+        "dataset": entry.name,
+        "simulated": entry.simulated,
+        "data": data_stamp(entry, file),
+        "python": sys.executable,
+        "notebooks": os.path.relpath(notebooks, workdir),
+        "code": {
+            name: [os.path.relpath(path, workdir) for path in imported_files(notebooks / f"{name}.ipynb")]
+            for name in sorted(names)
+        },
+        "audit": dict(grid.audit),
+        "vocab": dict(grid.vocab),
+        "report": dict(grid.report),
+        "runs": {
+            run.name: {
+                "recipe": run.recipe,
+                "notebook": run.notebook,
+                "parameters": dict(run.parameters),
+                "evaluation": dict(run.evaluation),
+            }
+            for run in grid.runs
+        },
+        "evaluated": [],
+    }
+
+
+def data_stamp(entry: Entry, file: Path | None) -> str:
+    """Hash of the file's content and of what the entry says about reading it."""
+    described = asdict(entry)
+    for name in ("path", "url", "sha256", "citation", "license"):
+        del described[name]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode())
+    if file is not None:
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def imported_files(notebook: Path) -> list[Path]:
+    """Files of this package that a notebook's code imports, directly or through others; its data files, too."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code = "\n".join(line for source in sources for line in source.split("\n") if line[:1] not in ("%", "!"))
+    found = modules_behind(code)
+    if not found:
+        return []
+    return sorted([*found, PACKAGE / "__init__.py", *data_files()])
+
+
+def find_profile(name: str) -> Path:
+    """Directory of a Snakemake profile: a name of workflow/profiles/, or a path.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such profile, or no workflow/ (perturbret was installed without its checkout).
+    """
+    for folder in (ROOT / "workflow" / "profiles" / name, Path(name)):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = sorted(path.parent.name for path in (ROOT / "workflow").glob("profiles/*/config.yaml"))
+    raise FileNotFoundError(
+        f"profile {name!r}: expected a directory with a config.yaml, or one of {known} in {ROOT / 'workflow'}"
+    )
+
+
+@contextmanager
+def exclusive(outputs: Path):
+    """Hold outputs/.lock, waiting for whoever holds it; yields the open file.
+
+    Snakemake and its jobs get the file as their standard input, and hand it on to their kernels: the lock is
+    free when the last of them has ended, even if this process was killed and they were not.
+    """
+    outputs.mkdir(parents=True, exist_ok=True)
+    with open(outputs / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            _say(
+                f"waiting: process {lock.read().strip() or '?'}, or notebooks that outlived it, still work in "
+                f"{_short(outputs)}"
+            )
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield lock
+
+
+def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, append) -> tuple[int, dict]:
+    """Bring `target` up to date; exit status, and the notebooks that failed."""
+    folder = workdir / "report"
+    log, events = folder / "workflow.log", folder / "events.jsonl"
+    write_json(folder / "plan.json", plan)
+    for path in (events,) if append else (events, log):
+        path.unlink(missing_ok=True)
+    path = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = {
+        **os.environ,
+        "PERTURBRET_OUTPUTS": str(workdir.parent),
+        "PERTURBRET_EVENTS": str(events),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(ROOT / "workflow" / "Snakefile")]
+    command += ["--directory", str(workdir), "--configfile", str(folder / "plan.json"), "--cores", str(cores)]
+    command += ["--workflow-profile", str(profile), *options]
+    command += ["--runtime-source-cache-path", str(workdir / ".snakemake" / "sources")]
+    with open(log, "ab") as output:
+        begin = output.tell()
+        process = subprocess.Popen(
+            command, stdin=lock, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=workdir
+        )
+    progress = Progress(events, log, RULES, cores, say=_say, begin=begin)
+    try:
+        with _terminating(process):
+            while process.poll() is None:
+                progress.update()
+                time.sleep(0.2)
+    except KeyboardInterrupt:
+        _say("interrupted: letting the notebooks at work stop; start again to go on from here")
+        process.wait()
+        raise
+    progress.finish()
+    return process.returncode, progress.failed
+
+
+@contextmanager
+def _terminating(process: subprocess.Popen):
+    """Pass SIGTERM on to Snakemake, which then starts nothing more."""
+
+    def stop(number, frame):
+        process.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say_log(workdir: Path) -> None:
+    log = workdir / "report" / "workflow.log"
+    lines = log.read_text(errors="replace").splitlines()[-25:]
+    _say("\n".join(["the workflow itself failed; the end of its log:", *(f"    {line}" for line in lines)]))
+
+
+def _say_end(failed: dict, page: Path, seconds: float) -> None:
+    for (run, name), (reason, kept) in sorted(failed.items()):
+        where = f"; kept: {_short(Path(kept))}" if kept else ""
+        _say(f"FAILED {run} {name}: {reason}{where}")
+    state = f"{counted(len(failed), 'notebook')} failed" if failed else "finished"
+    _say(f"{state} after {duration(seconds)}: {_short(page)}")
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

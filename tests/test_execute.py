@@ -1,0 +1,158 @@
+"""Execution of one notebook: whole or not at all, failures kept, parameters checked first."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from perturbret.execute import NotebookFailed, execute
+from perturbret.html import external_requests
+from perturbret.parameters import ParameterError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Maker of a notebook in tmp_path/notebooks with these cells after its parameters."""
+
+    def write(*sources, name="03_toy"):
+        cells = [
+            new_markdown_cell("# 03 · Toy"),
+            new_code_cell("fail = False\nseed = 0\nnote = 'a'", metadata={"tags": ["parameters"]}),
+        ]
+        cells += [new_code_cell(source) for source in sources]
+        # A kernel that is registered nowhere: the running interpreter is used all the same.
+        metadata = {"kernelspec": {"name": "gone", "display_name": "gone", "language": "python"}}
+        path = tmp_path / "notebooks" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+        return path
+
+    return write
+
+
+def outputs(path):
+    """Texts that the cells of an executed notebook printed or returned."""
+    found = []
+    for cell in nbformat.read(path, 4).cells:
+        for output in cell.get("outputs", []):
+            found.append(output.get("text") or output.get("data", {}).get("text/plain"))
+    return found
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def command(*words, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "perturbret", *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_the_command_line_executes_and_renders(toy, tmp_path):
+    notebook = toy(
+        "import os, sys, perturbret\nprint((seed, note, sys.executable, os.getcwd()))",
+        # The kernel holds the file that its caller has as standard input, where a lock may sit.
+        "held = [os.path.realpath(f'/dev/fd/{n}') for n in range(3, 40) if os.path.exists(f'/dev/fd/{n}')]\n"
+        "any(name.endswith('.lock') for name in held) or not os.path.exists('/proc/self/fd')",
+    )
+    out = tmp_path / "out" / "run-{seed}" / "03_toy.ipynb"
+    out.parent.mkdir(parents=True)
+    (out.parent / ".03_toy.ipynb.1234abcd.tmp.ipynb").write_text("half of a notebook that was killed")
+    (tmp_path / "given.yaml").write_text("seed: 1e1\nnote: from the file\n")
+    (tmp_path / ".lock").touch()
+    environment = {"PERTURBRET_OUTPUTS": str(tmp_path / "out"), "PERTURBRET_EVENTS": str(tmp_path / "events")}
+    with open(tmp_path / ".lock") as lock, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        done = command(
+            "execute", notebook, out, "-f", tmp_path / "given.yaml", "-y", '{"seed": 3}', "-p", "seed", "1e1",
+            stdin=lock,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert names(tmp_path / "out") == ["run-{seed}/03_toy.html", "run-{seed}/03_toy.ipynb"]
+    here = str((tmp_path / "notebooks").resolve())
+    assert outputs(out) == [f"{(10, 'from the file', sys.executable, here)}\n", "True"]
+    page = out.with_suffix(".html").read_text()
+    assert external_requests(page) == [] and 'href="../index.html"' in page
+    assert str(tmp_path) not in json.dumps(nbformat.read(out, 4).metadata)
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert [(event["event"], event["output"]) for event in events] == [
+        ("start", str(out)),
+        ("done", str(out)),
+    ]
+
+
+def test_a_failed_notebook_is_kept_until_it_succeeds(toy, tmp_path):
+    notebook = toy("'before'", "assert not fail, 'told to fail\\nand more'", "'after'")
+    out = tmp_path / "out" / "03_toy.ipynb"
+    with pytest.raises(NotebookFailed, match="^AssertionError: told to fail$") as caught:
+        execute(notebook, out, {"fail": True})
+    assert names(out.parent) == ["failed/03_toy.html", "failed/03_toy.ipynb"]
+    assert caught.value.kept == out.parent / "failed" / "03_toy.ipynb"
+    cells = nbformat.read(caught.value.kept, 4).cells
+    assert [output.output_type for cell in cells for output in cell.get("outputs", [])] == [
+        "execute_result",
+        "error",
+    ]
+    page = (out.parent / "failed" / "03_toy.html").read_text()
+    assert "This notebook failed" in page and "told to fail" in page
+    execute(notebook, out, {"fail": False})
+    assert names(out.parent) == ["03_toy.html", "03_toy.ipynb"]
+    assert outputs(out) == ["'before'", "'after'"]
+
+
+def test_a_kernel_that_dies_is_a_failure(toy, tmp_path):
+    notebook = toy("'before'", "import os\nos._exit(9)", "'after'")
+    out = tmp_path / "out" / "03_toy.ipynb"
+    done = command("execute", notebook, out)
+    assert done.returncode == 1 and "the kernel died" in done.stderr and "failed/03_toy.ipynb" in done.stderr
+    assert names(out.parent) == ["failed/03_toy.html", "failed/03_toy.ipynb"]
+    assert outputs(out.parent / "failed" / "03_toy.ipynb") == ["'before'"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "sed", "1"], "unknown parameter 'sed'; nearest: 'seed'"),
+        (["-p", "seed", "many"], "seed: expected a whole number"),
+        (["-y", "[1]"], "-y: expected a mapping"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_runs(toy, tmp_path, words, said):
+    done = command("execute", toy("1"), tmp_path / "out" / "03_toy.ipynb", *words)
+    assert done.returncode == 2 and said in done.stderr and done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_paths_are_refused(toy, tmp_path):
+    with pytest.raises(ValueError, match="output: expected a name ending in .ipynb, got 'a.html'"):
+        execute(toy("1"), tmp_path / "a.html")
+    with pytest.raises(FileNotFoundError, match="04_none.ipynb"):
+        execute(tmp_path / "04_none.ipynb", tmp_path / "a.ipynb")
+    with pytest.raises(ParameterError, match="unknown parameter 'x'"):
+        execute(toy("1"), tmp_path / "a.ipynb", {"x": 1})
+
+
+def test_executing_leaves_this_process_able_to_import_everything(toy, tmp_path):
+    # Imports that papermill does not need are held off while it is imported, and only then.
+    code = (
+        "import sys; from perturbret.execute import execute; execute(sys.argv[1], sys.argv[2]); "
+        "import pyarrow.parquet; print('rfc3987_syntax' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code, toy("1"), tmp_path / "out" / "a.ipynb"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

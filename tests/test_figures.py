@@ -1,0 +1,80 @@
+"""Figures draw what the tables say."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturbret import figures
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def methods(**columns):
+    table = pd.DataFrame(
+        {
+            "encoder": ["pca", "logreg", "bayes_ceiling"],
+            "scoring": ["cosine", "classifier", "classifier"],
+            "mask": "all_targets",
+            "estimate": [0.15, 0.18, 0.4],
+            "ci_low": [0.1, 0.12, 0.3],
+            "ci_high": [0.2, 0.25, 0.5],
+            "primary": [True, True, True],
+        }
+    )
+    return table.assign(**columns)
+
+
+def labels(axis):
+    return [text.get_text() for text in axis.get_yticklabels()]
+
+
+def test_ladder_has_the_best_on_top_and_draws_its_interval():
+    axis = figures.method_ladder(methods(), chance=0.03, prior=0.05).axes[0]
+    assert labels(axis) == ["pca + cosine", "logreg", "Bayes ceiling"]
+    bars = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2]
+    assert [0.12, 0.25] in bars
+    assert {text.get_text() for text in axis.texts} == {"chance", "class prior", "Bayes ceiling"}
+
+
+def test_masking_figure_puts_the_luck_level_beside_the_null_control():
+    table = pd.concat([methods(), methods(mask="own_targets", estimate=[0.3, 0.4, 0.5])])
+    verdicts = table.assign(luck=0.04)
+    figure = figures.masking_effect(table, verdicts)
+    ticks = [line.get_xdata() for line in figure.axes[1].lines if line.get_marker() == "|"]
+    assert len(ticks) == 2 and np.allclose(np.concatenate(ticks), 0.04)
+
+
+def test_top_k_curves_pass_through_the_estimates():
+    rows = [
+        {"encoder": "pca", "metric": f"{kind}@{k}", "estimate": k / 20}
+        for kind in ("exact_hit", "relevant_hit")
+        for k in (1, 5, 10)
+    ]
+    chance = {f"{kind}@{k}": 0.01 * k for kind in ("exact_hit", "relevant_hit") for k in (1, 5, 10)}
+    axis = figures.top_k_curves(pd.DataFrame(rows), chance).axes[0]
+    assert list(axis.lines[0].get_ydata()) == [0.05, 0.25, 0.5]
+    assert list(axis.lines[1].get_ydata()) == pytest.approx([0.01, 0.05, 0.1])
+
+
+def test_query_size_curves_start_at_single_cells_in_every_panel():
+    rows = [("single", 1, 0.2), ("scores", 5, 0.4), ("embeddings", 5, 0.3)]
+    table = pd.DataFrame(rows, columns=["pooling", "query_size", "estimate"])
+    table = table.assign(encoder="pca", ci_low=table["estimate"] - 0.1, ci_high=table["estimate"] + 0.1)
+    figure = figures.query_size_curves(table, 0.03)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["pooled scores", "pooled embeddings"]
+    assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[0.2, 0.4], [0.2, 0.3]]
+
+
+def test_only_the_extreme_conditions_of_many_are_drawn():
+    table = pd.DataFrame({"condition": [f"G{i:02d}" for i in range(60)], "estimate": np.linspace(0, 1, 60)})
+    axis = figures.condition_hits(table.assign(ci_low=0.0, ci_high=1.0), 0.02, "title").axes[0]
+    assert len(labels(axis)) == 40 and labels(axis)[0] == "G00" and labels(axis)[-1] == "G59"
