@@ -39,12 +39,13 @@ def overview(screen: Screen) -> pd.DataFrame:
 
 
 def loading_notes(screen: Screen) -> pd.DataFrame:
-    """What loading found, merged and dropped, one row per note that is not a table."""
-    notes = {
-        name: value
-        for name, value in screen.audit.items()
-        if not isinstance(value, (list, dict)) or not value
-    }
+    """What loading found, and how the counts were had: one row per note that is not a table of labels."""
+    notes = {}
+    for name, value in screen.audit.items():
+        if name == "counts":
+            notes |= {f"counts: {key}": part for key, part in value.items()}
+        elif not isinstance(value, (list, dict)) or not value:
+            notes[name] = "none" if isinstance(value, (list, dict)) else value
     return pd.DataFrame({"value": {name.replace("_", " "): str(value) for name, value in notes.items()}})
 
 
@@ -54,7 +55,7 @@ def label_tables(screen: Screen) -> dict[str, pd.DataFrame]:
     for name, value in screen.audit.items():
         if value and isinstance(value, list) and isinstance(value[0], dict):
             tables[name.replace("_", " ")] = pd.DataFrame(value)
-        elif value and isinstance(value, dict):
+        elif value and isinstance(value, dict) and name != "counts":
             tables[name.replace("_", " ")] = pd.DataFrame({"value": pd.Series(value)})
     return tables
 

@@ -64,11 +64,19 @@ def test_findings_name_prior_chance_and_measured_targets():
 def test_merged_labels_are_shown():
     screen = make_screen()
     merged = [{"raw": "ctrl+KLF1", "condition": "KLF1"}]
-    notes = {"merged_labels": merged, "n_classes_without_merging": 5, "empty_cells": 0}
+    notes = {
+        "merged_labels": merged,
+        "n_classes_without_merging": 5,
+        "empty_cells": 0,
+        "dropped_conditions": {},
+    }
+    notes["counts"] = {"recovered": True, "residual": 1e-8}
     noted = Screen(screen.name, screen.counts, screen.genes, screen.obs, audit=notes)
     assert list(audit.label_tables(noted)) == ["merged labels"]
     assert "5 classes instead of 3" in audit.findings(noted)
-    assert audit.loading_notes(noted)["value"].to_dict()["empty cells"] == "0"
+    shown = audit.loading_notes(noted)["value"].to_dict()
+    assert shown["empty cells"] == "0" and shown["dropped conditions"] == "none"
+    assert shown["counts: recovered"] == "True" and shown["counts: residual"] == "1e-08"
 
 
 @pytest.mark.parametrize("null", [False, True])
