@@ -52,8 +52,8 @@ def compute_features(name: str, cells: Cells, settings: Mapping) -> csr_matrix |
 def log1p(cells: Cells, target_sum: float) -> csr_matrix:
     """log(1 + counts / total * target_sum), the total being that of the whole transcriptome where it is known.
 
-    On a panel of few genes the panel's own sum is a poor size factor: it cost 4 points of exact_hit@1 on real
-    cells with 15 detected genes of 500 (docs/benchmarks.md).
+    On a panel of few genes the panel's own sum is a poor size factor: it cost 3 points of exact_hit@1 on real
+    cells with 15 detected genes of 500 (docs/log.md).
     """
     scale = target_sum / np.where(cells.totals > 0, cells.totals, 1.0)
     values = np.log1p(cells.counts.data * np.repeat(scale, np.diff(cells.counts.indptr)))
