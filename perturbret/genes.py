@@ -93,6 +93,27 @@ class SymbolResolver:
         """
         return self._read(name)[0]
 
+    def canonical(self, names: Iterable[str]) -> pd.DataFrame:
+        """One name per gene, whatever it is called: the approved symbol.
+
+        Returns
+        -------
+        DataFrame
+            One row per name, in order. `name`; `gene`: the approved symbol, or the name itself without blanks
+            and version where it is unknown or ambiguous; `how`: `direct`, `ensembl`, `previous`, `alias`,
+            `ambiguous`, `missing`.
+        """
+        rows = []
+        for name in map(str, names):
+            genes, how = self._read(name)
+            rows.append((name, genes[0] if len(genes) == 1 else strip_version(name), how))
+        return pd.DataFrame(rows, columns=["name", "gene", "how"], dtype=object)
+
+    @cached_property
+    def ensembl_ids(self) -> dict[str, str]:
+        """Approved symbol -> Ensembl id, of genes that have one."""
+        return {symbol: identifier for identifier, symbol in self._owners[1].items()}
+
     def resolve(self, symbol: str, among: Collection[str]) -> str | None:
         """The name in `among` of the gene `symbol`, or None. For many symbols see `resolve_many`."""
         return self.resolve_many([symbol], among)["match"].iloc[0]

@@ -118,7 +118,29 @@ def _read_legacy(path: Path) -> Any:
 def read_rows(
     matrix: Any, keep: np.ndarray, *, name: str, check: Callable[[csr_matrix, np.ndarray], csr_matrix]
 ) -> csr_matrix:
-    """Rows of any AnnData matrix as one CSR matrix.
+    """Rows of any AnnData matrix as one CSR matrix; parameters and errors as for `row_blocks`.
+
+    Returns
+    -------
+    csr_matrix, shape (keep.sum(), m)
+    """
+    blocks = [block for block, _ in row_blocks(matrix, keep, name=name, check=check)]
+    if not blocks:
+        return csr_matrix((0, matrix.shape[1]), dtype=np.float32)
+    return vstack(blocks, format="csr")
+
+
+def row_blocks(
+    matrix: Any,
+    keep: np.ndarray,
+    *,
+    name: str,
+    check: Callable[[csr_matrix, np.ndarray], csr_matrix],
+    rows: int = _ROWS,
+) -> Iterator[tuple[csr_matrix, np.ndarray]]:
+    """Rows of any AnnData matrix in blocks, in order; a matrix in a file is never in memory as a whole.
+
+    Only a column-compressed matrix in a file is: its rows are scattered over all of it.
 
     Parameters
     ----------
@@ -129,10 +151,14 @@ def read_rows(
         What the matrix is, for messages.
     check : callable
         Gets each block as CSR, and the positions of its rows in the matrix; returns the block to keep.
+    rows : int
+        Most rows to read at once; fewer of a dense matrix with many columns.
 
-    Returns
-    -------
-    csr_matrix, shape (keep.sum(), m)
+    Yields
+    ------
+    block : csr_matrix, shape (at most rows, m)
+    positions : ndarray of int
+        Of the block's rows in the matrix.
 
     Raises
     ------
@@ -150,14 +176,11 @@ def read_rows(
             f"{name}: expected counts that are stored exactly, got float16, exact up to 2,048 only"
         )
     sparse = hasattr(matrix, "format")
-    step = _ROWS if sparse else max(1, min(_ROWS, _BLOCK // max(1, matrix.shape[1])))
-    blocks = []
+    step = rows if sparse else max(1, min(rows, _BLOCK // max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], step):
-        rows = np.flatnonzero(keep[start : start + step])
-        if len(rows):
+        chosen = np.flatnonzero(keep[start : start + step])
+        if len(chosen):
             block = matrix[start : start + step]
             block = csr_matrix(block if sparse else np.asarray(block))
-            blocks.append(check(block[rows] if len(rows) < block.shape[0] else block, rows + start))
-    if not blocks:
-        return csr_matrix((0, matrix.shape[1]), dtype=np.float32)
-    return vstack(blocks, format="csr")
+            positions = chosen + start
+            yield check(block[chosen] if len(chosen) < block.shape[0] else block, positions), positions

@@ -4,6 +4,7 @@ import pandas as pd
 
 from .compare import CEILING, LEAK_FREE
 from .figures import method_name
+from .gene_space import GeneSpace
 from .metrics import coverage_area
 from .report import Report, validity
 from .sentences import from_to
@@ -41,6 +42,40 @@ def coverage_table(summary: pd.DataFrame) -> pd.DataFrame:
         },
         index=summary["set"].tolist(),
     )
+
+
+def gene_space_lines(space: GeneSpace) -> list[str]:
+    """What was aligned, in Markdown sentences computed from the space."""
+    settings, forced = space.settings, [i for i, kept in enumerate(space.table["perturbed"]) if kept]
+    few = sum(space.table["n_datasets"][i] < settings["min_datasets"] for i in forced)
+    counted = ", ".join(f"{n:,} in ≥ {k}" for k, n in settings["genes_in_at_least_n_datasets"].items())
+    whose = settings["screen"] or "any data set"
+    asked, by = settings["n"], settings["matched_by"]
+    return [
+        f"**{len(space):,} genes in a common order** (asked for: {asked:,}), matched by {by}; sha256 "
+        f"`{space.hash[:12]}`.",
+        f"Genes of {whose} by the number of data sets that measure them: {counted}; at least "
+        f"{settings['min_datasets']} were asked for.",
+        f"Perturbed genes among them: {len(forced)}, of which {few} are in fewer data sets than that.",
+        *(f"**Note:** {note}." for note in space.notes),
+    ]
+
+
+def gene_space_table(space: GeneSpace, verified: pd.DataFrame) -> pd.DataFrame:
+    """A row per data set: its cells, how many chosen genes it measures and under which names, what was verified."""
+    rows = {}
+    checked = verified.set_index("dataset")
+    for name, columns in space.maps.items():
+        pairs = list(zip(space.names, columns.column_names, strict=True))
+        rows[name] = {
+            "cells": f"{columns.n_cells:,} ({columns.cells.split(' (')[0]})",
+            "its genes": f"{columns.n_columns:,}",
+            "chosen genes": sum(len(names) > 0 for _, names in pairs),
+            "under another name": sum(any(other != gene for other in names) for gene, names in pairs),
+            "10,000 / UMIs": f"{columns.noise:.2f}",
+            "compared by value": f"{checked.loc[name, 'n_genes']} genes × {checked.loc[name, 'n_cells']:,} cells",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def comparison_table(report: Report) -> pd.DataFrame:

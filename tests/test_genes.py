@@ -177,3 +177,18 @@ def test_real_table_rescues_renamed_genes(real_data):
     found = resolver.resolve_many(["CLECL1P", "BMAL2", "USP12-DT", "NALF1", "SEPTIN9"], old_panel)
     assert found["match"].tolist() == old_panel
     assert set(found["how"]) == {"previous"}
+
+
+def test_canonical_gives_every_gene_one_name(resolver):
+    found = resolver.canonical(["CLIF", " BMAL2 ", "ENSG00000029153.4", "ARNTL2", "X"])
+    assert found["gene"].tolist() == ["BMAL2"] * 4 + ["X"]
+    assert found["how"].tolist() == ["alias", "direct", "ensembl", "previous", "missing"]
+    assert resolver.ensembl_ids["BMAL2"] == "ENSG00000029153"
+
+
+def test_an_ambiguous_name_is_its_own_canonical_name(resolver):
+    ambiguous = next(
+        name for link in resolver._owners[2:] for name in link if len(resolver.readings(name)) > 1
+    )
+    found = resolver.canonical([ambiguous]).iloc[0]
+    assert (found["gene"], found["how"]) == (ambiguous, "ambiguous")

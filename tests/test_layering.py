@@ -18,10 +18,12 @@ PACKAGE = ROOT / "perturbret"
 # methods and stands below: encoders choose their settings through it.
 LAYERS = {
     "pure": (
-        "atomic binning conditions counts genes library masking metrics nulls prepare queries retrieval screen splits "
-        "stats whitening"
+        "atomic binning conditions counts gene_matching gene_space gene_stats genes library masking metrics nulls "
+        "prepare queries remap retrieval screen splits stats whitening"
     ),
-    "data": "annotations datasets download fetch h5ad ingest registry simulate vocabulary",
+    "data": (
+        "align annotations chunks datasets download fetch h5ad ingest reference_cells registry simulate vocabulary"
+    ),
     "evaluation": "evaluate scoring",
     "encoders": (
         "baselines bayes checkpoint encoders features linear logistic mlp network references spectrum tokens training"

@@ -1,0 +1,186 @@
+"""Counts in the common order: equal by value to what the names say, and each known way to go wrong is caught."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.sparse import csc_matrix, csr_matrix, random_array
+
+from perturbret.counts import CountsError
+from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
+from perturbret.genes import SymbolResolver
+from perturbret.remap import cached_remap, indicator, remap, verify_alignment
+
+RESOLVER = SymbolResolver([("NEW", "", ("OLD",), ()), ("OTHER", "", (), ())])
+PANELS = {"a": np.array(["x", "OLD", "dup", "y", "dup"]), "b": np.array(["y", "NEW", "x"])}
+NAMES = ("NEW", "dup", "x", "y")
+COLUMNS = {"a": ((1,), (2, 4), (0,), (3,)), "b": ((1,), (), (2,), (0,))}
+COUNTS = {
+    "a": csr_matrix(np.arange(1, 16).reshape(3, 5).astype(np.float32)),
+    "b": csr_matrix(np.arange(100, 106).reshape(2, 3).astype(np.float32)),
+}
+
+
+def column_map(dataset, columns=None):
+    columns = COLUMNS[dataset] if columns is None else columns
+    panel = PANELS[dataset]
+    blank = (None,) * len(columns)
+    names = tuple(tuple(str(panel[i]) for i in found) for found in columns)
+    hashed = hash_genes(panel)
+    return ColumnMap(columns, names, len(panel), hashed, 1, "all", "", 0.0, blank, blank, blank)
+
+
+def space(**maps):
+    maps = {"a": column_map("a"), "b": column_map("b"), **maps}
+    return GeneSpace(NAMES, (None,) * 4, maps, {}, {"matched_by": "symbol"})
+
+
+def verify(made, **counts):
+    data = {name: (counts.get(name, COUNTS[name]), PANELS[name]) for name in made.maps}
+    return verify_alignment(made, data, resolver=RESOLVER)
+
+
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix])
+def test_remap_by_hand(form):
+    made = remap(form(COUNTS["a"]), column_map("a"), genes=PANELS["a"])
+    # OLD, then the sum of both columns named dup, x, y.
+    assert made.toarray().tolist() == [[2, 8, 1, 4], [7, 18, 6, 9], [12, 28, 11, 14]]
+    assert made.format == "csr" and made.dtype == np.float32 and made.has_canonical_format
+    missing = remap(COUNTS["b"], column_map("b"))
+    assert missing.toarray().tolist() == [[101, 0, 102, 100], [104, 0, 105, 103]]
+    assert missing.nnz == 6
+
+
+def test_remap_equals_the_dense_sum_of_columns():
+    rng = np.random.default_rng(0)
+    dense = rng.poisson(0.3, (50, 30)).astype(np.float32)
+    order = rng.permutation(30)
+    columns = tuple(tuple(map(int, order[i : i + 2])) for i in range(0, 24, 2)) + ((), (int(order[29]),))
+    made = remap(csr_matrix(dense), ColumnMap(columns, columns, 30, "", 1, "", "", 0, (), (), ()))
+    expected = np.stack([dense[:, list(found)].sum(axis=1) for found in columns], axis=1)
+    np.testing.assert_array_equal(made.toarray(), expected)
+    assert made.nnz == (expected > 0).sum()
+    assert indicator(columns, 30).sum() == 25
+
+
+def test_verification_passes_on_what_is_right_and_counts_it():
+    table = verify(space())
+    assert table.to_dict("list") == {
+        "dataset": ["a", "b"], "n_cells": [3, 2], "n_genes": [4, 3], "n_values": [12, 6]
+    }  # fmt: skip
+
+
+def test_a_map_sorted_the_wrong_way_is_caught():
+    """Columns in the order of the dataset beside names in the order of the space: shapes, names and sets agree."""
+    right = column_map("b")
+    found = iter(sorted(column for entry in right.columns for column in entry))
+    wrong = replace(right, columns=tuple((next(found),) if entry else () for entry in right.columns))
+    with pytest.raises(
+        GeneSpaceError, match=r"b: gene 0 \(NEW\): by name \(NEW\) cell 0 has 101, by position 100"
+    ):
+        verify(space(b=wrong))
+    # The names sorted with them: now they tell that this is another gene.
+    renamed = column_map("b", wrong.columns)
+    with pytest.raises(GeneSpaceError, match=r"b: gene 0: expected NEW, got 'y' \(no known gene\)"):
+        verify(space(b=renamed))
+
+
+def test_a_duplicated_symbol_of_which_one_column_is_taken_is_caught():
+    lost = column_map("a", ((1,), (2,), (0,), (3,)))
+    with pytest.raises(GeneSpaceError, match=r"gene 1 \(dup\).*cell 0 has 8, by position 3"):
+        verify(space(a=lost))
+
+
+def test_a_name_of_another_gene_is_caught():
+    wrong = replace(column_map("b"), column_names=(("OTHER",), (), ("x",), ("y",)))
+    with pytest.raises(GeneSpaceError, match="expected columns named OTHER, found 0"):
+        verify(space(b=wrong))
+    data = {"b": (COUNTS["b"], np.array(["y", "OTHER", "x"]))}
+    with pytest.raises(GeneSpaceError, match=r"expected NEW, got 'OTHER' \(OTHER\)"):
+        verify_alignment(space(b=wrong), data, resolver=RESOLVER)
+
+
+def test_keys_that_are_text_are_caught():
+    with pytest.raises(GeneSpaceError, match="expected a column from 0 to 2, got '1'"):
+        space(b=replace(column_map("b"), columns=(("1",), (), ("2",), ("0",))))
+
+
+def test_a_panel_in_another_order_is_caught():
+    with pytest.raises(GeneSpaceError, match="expected the 3 columns that the map was made for.*NEW, x, y"):
+        remap(COUNTS["b"], column_map("b"), genes=["NEW", "x", "y"])
+    with pytest.raises(GeneSpaceError, match="expected 3 columns, got 2"):
+        remap(COUNTS["b"][:, :2], column_map("b"))
+    with pytest.raises(GeneSpaceError, match="expected a sparse matrix, got ndarray"):
+        remap(COUNTS["b"].toarray(), column_map("b"))
+
+
+def test_int16_counts_do_not_overflow():
+    dense = np.array([[0, 0, 20_000, 0, 20_000]])
+    made = remap(csr_matrix(dense.astype(np.int16)), column_map("a"))
+    assert made.toarray().tolist() == [[0, 40_000, 0, 0]]
+    # Those that overflowed before they came here are refused.
+    for value, said in (
+        (40_000, "counts of at least 0, got -25536.*int16"),
+        (32_767, "below the limit of int16"),
+    ):
+        with pytest.raises(CountsError, match=said):
+            remap(csr_matrix((dense > 0) * np.array(value).astype(np.int16)), column_map("a"))
+
+
+def test_sums_that_float32_does_not_hold_are_refused():
+    half = csr_matrix(np.array([[0, 0, 2**23, 0, 2**23]], dtype=np.int64))
+    with pytest.raises(GeneSpaceError, match="sums below"):
+        remap(half, column_map("a"))
+
+
+class TestCache:
+    def kept(self, folder):
+        return sorted(file.name for file in folder.iterdir())
+
+    def test_the_same_content_is_read_again(self, tmp_path, monkeypatch):
+        first = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
+        monkeypatch.setattr("perturbret.remap.remap", None)
+        again = cached_remap(COUNTS["a"].copy(), column_map("a"), genes=PANELS["a"], directory=tmp_path)
+        assert (first != again).nnz == 0 and len(self.kept(tmp_path)) == 1
+        integers = COUNTS["a"].astype(np.int16)
+        assert (
+            cached_remap(integers, column_map("a"), genes=PANELS["a"], directory=tmp_path) != first
+        ).nnz == 0
+
+    def test_other_content_of_the_same_shape_is_never_served(self, tmp_path):
+        cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
+        other = COUNTS["a"].copy()
+        other.data[3] += 1
+        made = cached_remap(other, column_map("a"), genes=PANELS["a"], directory=tmp_path)
+        assert (made != remap(other, column_map("a"))).nnz == 0 and len(self.kept(tmp_path)) == 2
+        swapped = column_map("a", ((0,), (2, 4), (1,), (3,)))
+        made = cached_remap(COUNTS["a"], swapped, genes=PANELS["a"], directory=tmp_path)
+        assert made.toarray()[0].tolist() == [1, 8, 2, 4] and len(self.kept(tmp_path)) == 3
+        renamed = np.array(["x", "OLD", "dup", "z", "dup"])
+        with pytest.raises(GeneSpaceError, match="the map was made for"):
+            cached_remap(COUNTS["a"], column_map("a"), genes=renamed, directory=tmp_path)
+
+    def test_a_file_under_the_wrong_name_or_damaged_is_made_again(self, tmp_path):
+        right = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
+        (file,) = tmp_path.iterdir()
+        content = dict(np.load(file))
+        forged = {**content, "data": content["data"] + 1}
+        moved = {**content, "key": "another"}
+        for change in (forged, moved):
+            np.savez(file, **change)
+            made = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
+            assert (made != right).nnz == 0
+            assert str(np.load(file)["key"]) == file.stem, "the damaged file is replaced"
+        for damaged in (b"", file.read_bytes()[:100]):
+            file.write_bytes(damaged)
+            made = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
+            assert (made != right).nnz == 0
+
+
+def test_a_large_sparse_matrix_is_never_dense():
+    counts = csr_matrix(random_array((20_000, 30_000), density=1e-5, rng=0))
+    counts.data[:] = 2
+    columns = tuple((i,) for i in range(0, 30_000, 15))
+    blank = ()
+    made = remap(counts, ColumnMap(columns, columns, 30_000, "", 1, "", "", 0, blank, blank, blank))
+    assert made.shape == (20_000, 2000) and made.sum() == counts[:, ::15].sum()
