@@ -10,7 +10,7 @@ compare with. What differs is in docs/method.md.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,6 +164,9 @@ def _tokenize(
     if (cells.totals[sizes > 0] <= 0).any():
         raise ValueError("totals: expected more than 0 for every cell with counts")
     indptr = np.concatenate([[0], np.cumsum(np.minimum(sizes, room) + 1)]).astype(np.int64)
+    gene_seeds = np.zeros(len(vocabulary) if (sizes > room).any() else 0, np.uint64)
+    if len(gene_seeds):
+        gene_seeds[token_ids[known]] = _seeds(vocabulary.tokens[i] for i in token_ids[known])
     genes = make("genes", int(indptr[-1]), np.int32)
     values = make("values", int(indptr[-1]), np.int8 if settings["values"] == "bins" else np.float32)
     for first, last in _chunks(counts.indptr):
@@ -177,7 +180,7 @@ def _tokenize(
         if settings["values"] == "bins":
             found = bin_values(found, offsets, settings["n_bins"])
         if (sizes[first:last] > room).any():
-            chosen = _choose(cells.names[first:last], ids, rows, offsets, room)
+            chosen = _choose(cells.names[first:last], gene_seeds[ids], rows, offsets, room)
             ids, found = ids[chosen], found[chosen]
         begin, end = indptr[first], indptr[last]
         is_gene = np.ones(end - begin, bool)
@@ -202,13 +205,20 @@ def _store(directory, key, cells, token_ids, vocabulary, settings) -> None:
     (directory / "tokens.json").write_text(text, encoding="utf-8")
 
 
-def _choose(names, ids, rows, offsets, room) -> np.ndarray:
-    """True for the `room` genes of each cell whose hash of cell name and token is smallest."""
-    seeds = [int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest()) for name in names]
-    hashes = _mix(_mix(ids.astype(np.uint64)) ^ np.array(seeds, np.uint64)[rows])
-    rank = np.empty(len(ids), np.int64)
-    rank[np.lexsort((hashes, rows))] = np.arange(len(ids))
+def _choose(names, gene_seeds, rows, offsets, room) -> np.ndarray:
+    """True for the `room` genes of each cell whose hash of cell name and token name is smallest.
+
+    Names, since a vocabulary cut down to a panel numbers the same tokens otherwise.
+    """
+    hashes = _mix(gene_seeds ^ _seeds(names)[rows])
+    rank = np.empty(len(rows), np.int64)
+    rank[np.lexsort((hashes, rows))] = np.arange(len(rows))
     return rank - offsets[rows] < room
+
+
+def _seeds(names: Iterable[str]) -> np.ndarray:
+    digests = (hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names)
+    return np.array([int.from_bytes(digest) for digest in digests], np.uint64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
