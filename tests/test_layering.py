@@ -21,10 +21,11 @@ LAYERS = {
         "atomic binning conditions counts genes library masking metrics nulls prepare queries retrieval screen splits "
         "stats whitening"
     ),
-    "data": "annotations datasets download fetch h5ad ingest registry simulate vocabulary",
+    "data": "annotations datasets download fetch h5ad ingest pretrained registry simulate vocabulary",
     "evaluation": "evaluate scoring",
     "encoders": (
-        "baselines bayes checkpoint encoders features linear logistic mlp network references spectrum tokens training"
+        "baselines bayes checkpoint embeddings encoders features linear logistic mlp network references spectrum "
+        "tokens training"
     ),
     "bookkeeping": (
         "__main__ audit compare coverage execute figures grid html index parameters pipeline progress provenance "
