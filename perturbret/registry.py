@@ -92,13 +92,13 @@ class Entry:
         return self.simulate is not None
 
 
-def default_registry() -> Path:
-    """Path of the registry that comes with perturbret: `params/datasets.yaml`."""
+def default_registry(file: str = "datasets.yaml") -> Path:
+    """Path of a registry that comes with perturbret: of datasets, or `checkpoints.yaml`; both are in `params/`."""
     here = Path(__file__).resolve().parent
-    for path in (here.parent / "params" / "datasets.yaml", here / "data" / "datasets.yaml"):
+    for path in (here.parent / "params" / file, here / "data" / file):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"expected the dataset registry at {here.parent / 'params' / 'datasets.yaml'}")
+    raise FileNotFoundError(f"expected the registry at {here.parent / 'params' / file}")
 
 
 def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
@@ -110,7 +110,7 @@ def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
         An entry is malformed, or two share a name.
     """
     path = default_registry() if path is None else Path(path)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if not isinstance(content, list):
         raise EntryError(f"{path}: expected a list of entries, got {type(content).__name__}")
     entries: dict[str, Entry] = {}
@@ -137,7 +137,7 @@ def read_entry(path: str | Path) -> Entry:
         raise FileNotFoundError(
             f"dataset {str(path)!r}: expected a YAML file with one entry, found no file there"
         )
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if isinstance(content, Mapping) and isinstance(content.get("path"), str):
         local = Path(content["path"]).expanduser()
         beside = local if local.is_absolute() else path.resolve().parent / local
@@ -257,7 +257,14 @@ def _gene_list(where: str, condition: object, genes: object) -> tuple[str, ...]:
     )
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file.
+
+    Raises
+    ------
+    EntryError
+        It is no YAML, or gives a key twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
