@@ -61,22 +61,25 @@ def download(
     label: str,
     sha256: str | None = None,
     archive_member: str | None = None,
+    h5ad: bool = True,
     timeout: float | None = None,
     progress: bool = True,
 ) -> None:
-    """Download an h5ad, or a zip that holds one, to `target`, and its record beside it.
+    """Download an h5ad, a zip that holds one, or a file of a checkpoint to `target`, and its record beside it.
 
     Parameters
     ----------
     url : str
     target : Path
-        Gets the h5ad. A record of an earlier download must agree with the new content.
+        Gets the file. A record of an earlier download must agree with the new content.
     label : str
-        Names the dataset in messages and on the progress bar.
+        Names the dataset or the checkpoint in messages and on the progress bar.
     sha256 : str, optional
         Of what the address serves.
     archive_member : str, optional
         Path of the h5ad in the zip.
+    h5ad : bool, default True
+        Whether the content has to be HDF5.
     timeout : float, optional
         Seconds for everything; default none, but 30 s of silence end it.
     progress : bool, default True
@@ -113,7 +116,8 @@ def download(
             "archive_sha256": served if archive_member else None,
             "downloaded": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _expect_h5ad(file, f"{label}: {url}")
+        if h5ad:
+            _expect_h5ad(file, f"{label}: {url}")
         known = read_record(target).get("sha256", record["sha256"])
         if known != record["sha256"]:
             raise ChecksumError(

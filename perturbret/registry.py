@@ -92,13 +92,13 @@ class Entry:
         return self.simulate is not None
 
 
-def default_registry() -> Path:
-    """Path of the registry that comes with perturbret: `params/datasets.yaml`."""
+def default_registry(file: str = "datasets.yaml") -> Path:
+    """Path of a registry that comes with perturbret: of datasets, or `checkpoints.yaml`; both are in `params/`."""
     here = Path(__file__).resolve().parent
-    for path in (here.parent / "params" / "datasets.yaml", here / "data" / "datasets.yaml"):
+    for path in (here.parent / "params" / file, here / "data" / file):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"expected the dataset registry at {here.parent / 'params' / 'datasets.yaml'}")
+    raise FileNotFoundError(f"expected the registry at {here.parent / 'params' / file}")
 
 
 def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
@@ -258,7 +258,13 @@ def _gene_list(where: str, condition: object, genes: object) -> tuple[str, ...]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Content of a YAML file; EntryError where it is none, or a key is given twice."""
+    """Content of a YAML file.
+
+    Raises
+    ------
+    EntryError
+        It is no YAML, or gives a key twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -66,6 +66,15 @@ class Tokens:
         """Tokens of each cell, `<cls>` included."""
         return np.diff(self.indptr)
 
+    @property
+    def hash(self) -> str:
+        """sha256 of the content; in memory or memory-mapped, the same. Not kept: arrays can be written to."""
+        digest = hashlib.sha256(json.dumps([self.n_tokens, self.pad_id, self.pad_value]).encode())
+        for array in (self.genes, self.values, self.indptr):
+            digest.update(f"{array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def padded(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The cells at `index` as a block: genes (int64), values (float32) and padding (bool, True where none is).
 

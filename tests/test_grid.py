@@ -180,7 +180,9 @@ def test_the_default_grid_fits_the_notebooks(name, runs):
 
 
 RECIPES = [
-    path for path in sorted((ROOT / "params").glob("*.yaml")) if path.stem not in ("datasets", "ablation")
+    path
+    for path in sorted((ROOT / "params").glob("*.yaml"))
+    if path.stem not in ("datasets", "checkpoints", "ablation")
 ]
 
 

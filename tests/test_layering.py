@@ -22,11 +22,13 @@ LAYERS = {
         "prepare queries remap retrieval screen splits stats whitening"
     ),
     "data": (
-        "align annotations chunks datasets download fetch h5ad ingest reference_cells registry simulate vocabulary"
+        "align annotations chunks datasets download fetch h5ad ingest pretrained reference_cells registry simulate "
+        "vocabulary"
     ),
     "evaluation": "evaluate scoring",
     "encoders": (
-        "baselines bayes checkpoint encoders features linear logistic mlp network references spectrum tokens training"
+        "adapters baselines batches bayes checkpoint embeddings encoders features finetune heads linear logistic losses "
+        "mlp model modes network optimise proofs references scgpt settings spectrum tokens training trunk validation"
     ),
     "bookkeeping": (
         "__main__ audit compare coverage execute figures grid html index parameters pipeline progress provenance "
@@ -35,7 +37,9 @@ LAYERS = {
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
 # Modules that hold a network; torch is slow to import and heavy, so that no other may need it.
-NETWORKS = {"checkpoint", "network"}
+NETWORKS = {
+    "adapters", "checkpoint", "finetune", "heads", "losses", "model", "modes", "network", "optimise", "proofs", "scgpt", "trunk"
+}
 # Modules that may be longer than MAX_LINES, with the reason. Splitting is better.
 LONG_MODULES = {}
 MAX_LINES = 300

@@ -402,3 +402,21 @@ def test_real_shallow_cells_lie_in_the_official_range(real_data):
         assert (low <= bins).all() and (bins <= high).all()
         ties += (high > low).sum()
     assert ties > tokens.lengths.sum() / 2
+
+
+def test_hash_is_of_the_content():
+    def make(genes=(5, 1, 2, 5, 3), values=(-2, 7, 8, -2, 9), indptr=(0, 3, 5), dtype=np.int8, **other):
+        rest = {"n_tokens": 10, "pad_id": 4, "pad_value": -2, **other}
+        return Tokens(np.array(genes, np.int32), np.array(values, dtype), np.array(indptr), **rest)
+
+    assert make().hash == make().hash
+    others = [
+        make(genes=(5, 1, 2, 5, 4)),
+        make(values=(-2, 7, 8, -2, 8)),
+        make(values=(-2, 7, 8, -2, 9), dtype=np.float32),
+        make(indptr=(0, 2, 5)),
+        make(n_tokens=11),
+        make(pad_id=6),
+        make(pad_value=-3),
+    ]
+    assert len({tokens.hash for tokens in [make(), *others]}) == 1 + len(others)
