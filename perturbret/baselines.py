@@ -3,17 +3,16 @@
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 
 import numpy as np
 import pandas as pd
 
 from . import linear, mlp, references
-from .metrics import rank_top
 from .prepare import Prepared
-from .scoring import candidate_names, score_queries
 from .training import Training
+from .validation import best_readout
 
 _FITS = {
     "prior": references.fit_prior,
@@ -41,8 +40,6 @@ SEARCH = {
     "mlp": {"target_sum": [10000], "hidden": [128], "weight_decay": [3.0, 1.0]},
     "obsm": {"scale": [False, True]},
 }
-# Whitening more dimensions than this costs more than it tells about a choice of settings.
-_MAX_WHITENED = 1024
 KINDS = (*(kind for kind in SEARCH if kind != "obsm"), "obsm:<key>", "bayes_ceiling")
 
 
@@ -58,11 +55,17 @@ class Fitted:
         `chosen`.
     chosen : dict
         The chosen settings; `fit_baseline(..., fixed=chosen)` fits the same encoder again.
+    history : pandas.DataFrame or None
+        One row per epoch, for what is trained in epochs by `perturbret.modes`.
+    checks : dict
+        What was proved of the encoder, for the manifest.
     """
 
     encoder: object
     selection: pd.DataFrame
     chosen: dict
+    history: pd.DataFrame | None = None
+    checks: dict = field(default_factory=dict)
 
 
 def fit_baseline(
@@ -107,7 +110,7 @@ def fit_baseline(
         return Fitted(encoder, pd.DataFrame([{**fixed, "exact_hit@1": np.nan, "chosen": True}]), dict(fixed))
     rows, encoders = [], []
     for encoder in _FITS[name](training, _grid(name, search)):
-        readout, hit = _validate(encoder, prepared, seed)
+        readout, hit = best_readout(encoder, prepared, seed=seed)
         rows.append({**encoder.settings["chosen"], "exact_hit@1": hit, "readout": readout})
         encoders.append(encoder)
     selection = pd.DataFrame(rows)
@@ -157,29 +160,3 @@ def _checked(name: str, key: str, value):
     if not good:
         raise ValueError(f"search: expected {expected} for {key} of {name}, got {value!r}")
     return value
-
-
-def _validate(encoder, prepared: Prepared, seed: int) -> tuple[str, float]:
-    """The best read-out of single validation cells with a mean library, and its exact_hit@1."""
-    validation = prepared.where("val")
-    if not np.isin(prepared.conditions[validation], prepared.candidates).any():
-        return "none", np.nan
-    narrow = encoder.embed(prepared.cells.take(validation[:1])).shape[1] <= _MAX_WHITENED
-    scorings = ("cosine", "whitened", "classifier") if narrow else ("cosine", "classifier")
-    names = np.array(candidate_names(prepared, "train"))
-    hits = {}
-    for scored in score_queries(
-        encoder,
-        prepared,
-        role="val",
-        libraries=("mean",),
-        query_sizes=(1,),
-        poolings=("scores",),
-        scorings=scorings,
-        candidates="train",
-        seed=seed,
-    ):
-        same = np.asarray(scored.queries.conditions, str)[:, None] == names
-        hits[scored.scoring] = float((rank_top(scored.scores) * same).sum() / len(same))
-    best = max(hits, key=hits.get)
-    return best, hits[best]

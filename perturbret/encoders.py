@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +142,7 @@ class Encoder:
             (temporary / "encoder.json").write_text(text, encoding="utf-8")
 
 
-def load_encoder(run_directory: str | os.PathLike, name: str = "encoder"):
+def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cache: Path | None = None):
     """The encoder that a run saved: what evaluation gets, whatever the method.
 
     Parameters
@@ -151,6 +151,8 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder"):
         outputs/<dataset>/<run>
     name : str
         Folder within it: `encoder`, or `null_encoder` for the one fitted on permuted labels.
+    cache : path, optional
+        Where an encoder whose embeddings take long may keep them, found again by content.
 
     Returns
     -------
@@ -177,7 +179,16 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder"):
         from .bayes import load_bayes
 
         return load_bayes(directory)
-    raise ValueError(f"{path}: expected format 'layers' or 'bayes', got {saved.get('format')!r}")
+    if saved.get("format") == "scgpt":
+        from .scgpt import load_scgpt
+
+        return load_scgpt(directory, cache=cache)
+    raise ValueError(f"{path}: expected format 'layers', 'bayes' or 'scgpt', got {saved.get('format')!r}")
+
+
+def without_cache(encoder):
+    """The same encoder, computing every embedding anew."""
+    return replace(encoder, cache=None) if getattr(encoder, "cache", None) else encoder
 
 
 def _load_layers(directory: Path, saved: dict) -> Encoder:

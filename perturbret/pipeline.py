@@ -1,16 +1,18 @@
 """Fit a run's encoder and evaluate it: the two steps behind notebooks 03 and 05."""
 
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from .atomic import replacing, write_json, write_text
-from .baselines import fit_baseline
+from .baselines import Fitted, fit_baseline
 from .compare import LEAK_FREE, collect
-from .encoders import load_encoder
+from .encoders import load_encoder, without_cache
 from .evaluate import evaluate, null_control, summarise
 from .nulls import permute_conditions
 from .prepare import Prepared, prepare
@@ -19,7 +21,8 @@ from .runs import Run, open_run, outputs_root, write_table
 from .screen import Screen
 
 # What a fitted encoder depends on, with all that these import: a change of their code makes an encoder stale.
-FIT_MODULES = ("datasets", "splits", "prepare", "baselines", "evaluate")
+FIT_MODULES = ("datasets", "splits", "prepare", "evaluate")
+TUNED = "scgpt"  # the encoder that perturbret.modes fits; all others are opponents
 
 
 def fit_run(run: Run) -> pd.DataFrame:
@@ -33,35 +36,82 @@ def fit_run(run: Run) -> pd.DataFrame:
     pandas.DataFrame
         The hyperparameter settings tried, with validation exact_hit@1 and the choice.
     """
-    code = code_hash(*FIT_MODULES)
+    code = code_hash(*FIT_MODULES, "modes" if run.params["encoder"] == TUNED else "baselines")
     made = run.manifest.get("fit")
     same = made and made["params"] == run.params and made["context"] == asdict(run.prepared.context)
     if same and made["code"] == code and _intact(run.directory, made):
         return pd.read_csv(run.directory / "selection.csv")
     started = time.perf_counter()
     (run.directory / "manifest.json").unlink(missing_ok=True)
-    kind, seed = run.params["encoder"], run.params["seed"]
-    fitted = fit_baseline(kind, run.prepared, seed=seed, search=run.params["search"] or None)
+    seed = run.params["seed"]
+    fitted = _fit(run, run.prepared, "encoder")
     fitted.encoder.save(run.directory / "encoder")
-    null = fit_baseline(kind, null_twin(run), seed=seed, fixed=fitted.chosen)
+    null = _fit(run, null_twin(run), "null_encoder", fixed=fitted.chosen)
     null.encoder.save(run.directory / "null_encoder")
+    checks = {**fitted.checks, "reloaded_equal": _reloaded(run, fitted.encoder)}
     validation = summarise(
         evaluate(fitted.encoder, run.prepared, role="val", query_sizes=(1,), seed=seed), seed=seed
     )
     write_table(run.directory / "validation.csv", validation)
     write_table(run.directory / "selection.csv", fitted.selection)
+    if fitted.history is not None:
+        write_table(run.directory / "history.csv", fitted.history)
     write_text(run.directory / "params.yaml", yaml.safe_dump(run.params, sort_keys=False))
     fit = {
         "params": run.params,
         "context": asdict(run.prepared.context),
         "chosen": fitted.chosen,
+        "checks": checks,
         "code": code,
         "encoder_sha256": directory_hash(run.directory / "encoder"),
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(time.perf_counter() - started, 2),
     }
     write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment()})
+    for name in ("encoder", "null_encoder"):
+        shutil.rmtree(_state(run, name), ignore_errors=True)
     return fitted.selection
+
+
+def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> Fitted:
+    """Fit the run's method on true or permuted labels; `fixed`: with settings that were chosen before."""
+    options = {"seed": run.params["seed"], "search": run.params["search"] or None, "fixed": fixed}
+    if run.params["encoder"] != TUNED:
+        return fit_baseline(run.params["encoder"], prepared, **options)
+    from .modes import fit_scgpt
+
+    return fit_scgpt(
+        prepared,
+        **options,
+        settings=run.params.get("settings"),
+        cache=cache_directory(run),
+        state=_state(run, name),
+    )
+
+
+def _state(run: Run, name: str) -> Path:
+    return run.directory / f"training_{name}"
+
+
+def cache_directory(run: Run) -> Path:
+    """Where tokens and embeddings of a dataset are kept: outputs/<dataset>/cache/."""
+    return run.directory.parent / "cache"
+
+
+def _reloaded(run: Run, encoder) -> bool:
+    """Load the encoder just saved and compare it with the one in memory, bit for bit."""
+    loaded = load_encoder(run.directory)
+    cells = run.prepared.cells.take(np.arange(min(256, len(run.prepared.cells))))
+    # Anew on both sides: from a cache, they would be equal whatever was saved.
+    mine, theirs = (each.embed(cells) for each in (without_cache(encoder), loaded))
+    same = np.array_equal(mine, theirs, equal_nan=True)
+    if same and encoder.head is not None:
+        same = np.array_equal(encoder.log_proba(mine), loaded.log_proba(theirs), equal_nan=True)
+    if not same:
+        raise RuntimeError(
+            f"{run.directory.name}: expected the saved encoder to embed cells as the one in memory does, they differ"
+        )
+    return same
 
 
 def null_twin(run: Run) -> Prepared:
@@ -89,7 +139,9 @@ def evaluate_run(
     """
     started = time.perf_counter()
     fit_run(run)
-    encoder, null_encoder = load_encoder(run.directory), load_encoder(run.directory, "null_encoder")
+    encoder, null_encoder = (
+        load_encoder(run.directory, name, cache=cache_directory(run)) for name in ("encoder", "null_encoder")
+    )
     for loaded in (encoder, null_encoder):
         loaded.context.check(run.prepared.context)
     seed = run.params["seed"]

@@ -53,9 +53,13 @@ def outputs_root(outputs: str = "") -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "outputs"
 
 
-def run_name(encoder: str, mask: str, seed: int) -> str:
-    """Directory name of a run, e.g. `logreg-all_targets-seed0`."""
-    return f"{encoder.replace(':', '.')}-{mask}-seed{seed}"
+def run_name(encoder: str, mask: str, seed: int, settings: dict | None = None) -> str:
+    """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0`."""
+    settings = settings or {}
+    parts = [encoder.replace(":", ".")]
+    parts += [settings["mode"]] if "mode" in settings else []
+    parts += ["random"] if settings.get("init") == "random" else []
+    return f"{'_'.join(parts)}-{mask}-seed{seed}"
 
 
 def open_run(
@@ -66,6 +70,7 @@ def open_run(
     seed: int,
     track: str = "in_dist",
     search: dict | None = None,
+    settings: dict | None = None,
     run: str = "",
     outputs: str = "",
     overwrite: bool = False,
@@ -80,8 +85,10 @@ def open_run(
         Seeds the split, the fit and the null control.
     search : dict, optional
         Hyperparameter values to choose among on validation, name to list.
+    settings : dict, optional
+        Of an encoder that has some (`perturbret.settings`); None: those of the run that is there.
     run : str
-        Name of the directory; empty for `run_name(encoder, mask, seed)`.
+        Name of the directory; empty for `run_name(encoder, mask, seed, settings)`.
     outputs : str
         See `outputs_root`.
     overwrite : bool
@@ -93,12 +100,16 @@ def open_run(
         The directory holds a run with other parameters or other data, and `overwrite` is false.
     """
     root = outputs_root(outputs) / screen.name
-    directory = root / (run or run_name(encoder, mask, seed))
+    directory = root / (run or run_name(encoder, mask, seed, settings))
     split = get_split(screen, track=track, seed=seed, directory=root / "splits")
     prepared = prepare(screen, split, mask=mask)
     params = {"dataset": screen.name, "encoder": encoder, "mask": mask, "track": track, "seed": int(seed)}
     params["search"] = search or {}
     made = read_manifest(directory).get("fit")
+    if settings is None and made and made["params"]["encoder"] == encoder:
+        settings = made["params"].get("settings")
+    if settings is not None:
+        params["settings"] = settings
     if made and not overwrite:
         asked = {**params, **asdict(prepared.context)}
         there = {**made["params"], **made["context"]}

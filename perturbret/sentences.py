@@ -35,6 +35,8 @@ def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) 
     """What the fit chose and reached on validation cells."""
     row = _one(validation, library, scoring, "exact_hit@1", "micro")
     chosen = run.manifest["fit"]["chosen"]
+    if "settings" in run.params:  # dozens, of which most are as the recipe says
+        chosen = {name: chosen[name] for name in ("mode", "init", *run.params["search"], "stop_epochs")}
     settings = ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing to choose"
     lines = [
         f"Settings chosen on validation: {settings}.",

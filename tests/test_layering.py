@@ -27,18 +27,31 @@ LAYERS = {
     ),
     "evaluation": "evaluate scoring",
     "encoders": (
-        "adapters baselines batches bayes checkpoint embeddings encoders features finetune heads linear logistic losses "
-        "mlp model modes network optimise proofs references scgpt settings spectrum tokens training trunk validation"
+        "adapters baselines batches bayes checkpoint embeddings encoders features finetune heads linear logistic "
+        "losses mlp model modes monitor network optimise proofs references scgpt settings spectrum tokens training "
+        "trunk validation"
     ),
     "bookkeeping": (
         "__main__ audit compare coverage execute figures grid html index parameters pipeline progress provenance "
-        "report runs sentences tables workflow"
+        "report runs sentences tables training_report workflow"
     ),
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
 # Modules that hold a network; torch is slow to import and heavy, so that no other may need it.
 NETWORKS = {
-    "adapters", "checkpoint", "finetune", "heads", "losses", "model", "modes", "network", "optimise", "proofs", "scgpt", "trunk"
+    "adapters",
+    "checkpoint",
+    "finetune",
+    "heads",
+    "losses",
+    "model",
+    "modes",
+    "monitor",
+    "network",
+    "optimise",
+    "proofs",
+    "scgpt",
+    "trunk",
 }
 # Modules that may be longer than MAX_LINES, with the reason. Splitting is better.
 LONG_MODULES = {}

@@ -149,7 +149,11 @@ def test_each_key_of_a_recipe_is_a_parameter_of_the_notebook_that_gets_it():
                 keys = yaml.safe_load((PARAMS / f"{recipe}.yaml").read_text())
                 assert check_parameters(keys, declared, where=f"{name}: {recipe}")
                 used.add(recipe)
-    unused = {path.stem for path in PARAMS.glob("*.yaml")} - used - {"datasets", "references", "checkpoints", *grids()}
+    unused = (
+        {path.stem for path in PARAMS.glob("*.yaml")}
+        - used
+        - {"datasets", "references", "checkpoints", *grids()}
+    )
     assert unused == set(), "recipes in no grid: nothing checks their keys"
 
 

@@ -1,0 +1,168 @@
+"""A network with its head, as it is trained and as it embeds cells, from tokens or from what was computed before."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .heads import Head
+from .network import PRECISIONS, ScGPT
+from .tokens import Tokens
+
+BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a network's frozen lower layers give, sequence by sequence, end to end.
+
+    Attributes
+    ----------
+    values : ndarray of float32, shape (n, d_model)
+    indptr : ndarray of int64, shape (n_cells + 1,)
+        Cell i is the slice from indptr[i] to before indptr[i + 1].
+    """
+
+    values: np.ndarray
+    indptr: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def padded(self, index: np.ndarray) -> tuple[np.ndarray, None, np.ndarray | None]:
+        """The cells at `index` as a block (cells, longest, d_model), no values, and padding (None where none is)."""
+        starts, lengths = self.indptr[index], self.indptr[np.asarray(index) + 1] - self.indptr[index]
+        steps = np.arange(lengths.max(initial=0))
+        padding = steps >= lengths[:, None]
+        # Padding holds copies of the first token: attention leaves them out, whatever they are.
+        return (
+            self.values[np.where(padding, starts[:, None], starts[:, None] + steps)],
+            None,
+            padding if padding.any() else None,
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings of cells, computed once: what a head is trained on alone.
+
+    Attributes
+    ----------
+    values : ndarray of float32, shape (n_cells, d_model)
+    """
+
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def padded(self, index: np.ndarray) -> tuple[np.ndarray, None, None]:
+        """The cells at `index`, no values, no padding."""
+        return self.values[index], None, None
+
+
+class Model(nn.Module):
+    """Network and head; called with a block of `Tokens`, `Hidden` or `Rows`, according to `start`.
+
+    Parameters
+    ----------
+    network : ScGPT
+    head : Head or None
+        None: the cell embedding is the retrieval embedding, and there are no logits.
+    pooling : str
+    normalise : bool
+        Scale retrieval embeddings, which the classifier gets too, to length 1.
+    start : int or None
+        First layer that runs: 0 for tokens, more for `Hidden`, None for `Rows`.
+    """
+
+    def __init__(
+        self, network: ScGPT, head: Head | None, *, pooling: str, normalise: bool, start: int | None = 0
+    ):
+        super().__init__()
+        self.network, self.head = network, head
+        self.pooling, self.normalise, self.start = pooling, normalise, start
+
+    def cells(self, first: Tensor, values: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Cell embeddings, (cells, d_model), as the network gives them."""
+        if self.start is None:
+            return first
+        hidden = first if self.start else self.network.inputs(first, values)
+        return self.network.pool(hidden, padding, pooling=self.pooling, start=self.start)
+
+    def forward(
+        self, first: Tensor, values: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Retrieval embeddings (cells, dim) and logits (cells, n_classes), None without a classifier."""
+        cells = self.cells(first, values, padding)
+        if self.head is None:
+            return (nn.functional.normalize(cells, dim=1) if self.normalise else cells), None
+        return self.head(cells, normalise=self.normalise)
+
+
+def blocks(
+    source: Tokens | Hidden | Rows, index: np.ndarray, device, *, batch_tokens: int = BATCH_TOKENS
+) -> Iterator:
+    """The cells at `index` in blocks of like length: positions in `index`, and what `Model` is called with."""
+    lengths = np.ones(len(index), int) if isinstance(source, Rows) else np.diff(source.indptr)[index]
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        chosen = order[start : start + size]
+        yield chosen, to_device(source.padded(np.asarray(index)[chosen]), device)
+        start += size
+
+
+def to_device(block: tuple, device) -> tuple[Tensor | None, ...]:
+    """A padded block as tensors."""
+    return tuple(None if array is None else torch.from_numpy(array).to(device) for array in block)
+
+
+def embed_rows(
+    model: Model, source: Tokens | Hidden | Rows, index: np.ndarray, *, precision: str = "float32"
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Retrieval embeddings and logits of the cells at `index` in evaluation mode, float32."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    embeddings, logits = None, None
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for chosen, block in blocks(source, index, device):
+                z, scores = model(*block)
+                if embeddings is None:
+                    embeddings = np.empty((len(index), z.shape[1]), np.float32)
+                    logits = None if scores is None else np.empty((len(index), scores.shape[1]), np.float32)
+                embeddings[chosen] = z.float().cpu().numpy()
+                if logits is not None:
+                    logits[chosen] = scores.float().cpu().numpy()
+    finally:
+        model.train(was_training)
+    return embeddings, logits
+
+
+def run_lower(network: ScGPT, tokens: Tokens, stop: int, *, precision: str = "float32") -> Hidden:
+    """Outputs of the layers before `stop` for all cells, in evaluation mode."""
+    device = network.encoder.embedding.weight.device
+    values = np.empty((len(tokens.genes), network.shape.d_model), np.float32)
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for chosen, (genes, numbers, padding) in blocks(tokens, np.arange(len(tokens)), device):
+                hidden = network.run(network.inputs(genes, numbers), padding, 0, stop).float().cpu().numpy()
+                for cell, rows in zip(chosen, hidden, strict=True):
+                    begin, end = tokens.indptr[cell], tokens.indptr[cell + 1]
+                    values[begin:end] = rows[: end - begin]
+    finally:
+        network.train(was_training)
+    return Hidden(values, np.asarray(tokens.indptr))
+
+
+def autocast(device: torch.device, precision: str):
+    """Matrix products in the given precision; float32 changes nothing."""
+    kind = PRECISIONS[precision]
+    return torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None)

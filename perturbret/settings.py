@@ -1,0 +1,177 @@
+"""Everything about a fine-tuning run that can be chosen, checked before anything is computed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+
+MODES = ("frozen", "head", "lora_head", "last_n")
+CHOICES = {
+    "mode": MODES,
+    "init": ("pretrained", "random"),
+    "pooling": ("cls", "mean"),
+    "values": ("checkpoint", "bins", "log1p"),
+    "loss": ("classification", "contrastive", "both"),
+    "sampler": ("random", "balanced"),
+    "precision": ("float32", "bfloat16"),
+}
+# Inclusive limits of numbers; None: no limit.
+LIMITS = {
+    "last_layers": (1, 3),
+    "rank": (1, 256),
+    "alpha": (1e-3, 1e4),
+    "lora_dropout": (0, 0.9),
+    "head_depth": (0, 8),
+    "head_width": (1, 8192),
+    "head_dim": (2, 8192),
+    "head_dropout": (0, 0.9),
+    "dropout": (0, 0.9),
+    "label_smoothing": (0, 0.9),
+    "temperature": (1e-3, 10),
+    "batch_size": (4, 65536),
+    "cells_per_condition": (2, 64),
+    "accumulate": (1, 1024),
+    "epochs": (1, 10000),
+    "patience": (1, 10000),
+    "lr_backbone": (0, 1),
+    "lr_head": (0, 1),
+    "weight_decay": (0, 10),
+    "warmup": (0, 0.9),
+    "clip": (1e-6, 1e6),
+    "members": (1, 32),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `perturbret.finetune` is asked to do.
+
+    Attributes
+    ----------
+    mode : str
+        What is trained: `frozen` nothing, `head` the head, `lora_head` adapters and the head, `last_n` the last
+        layers and the head.
+    init : str
+        `pretrained`: the checkpoint's weights; `random`: the same shape without them.
+    checkpoint : str
+        Name in params/checkpoints.yaml or directory.
+    pooling : str
+        `cls` or `mean`.
+    values : str
+        What tokens carry: `bins`, `log1p`, or as the checkpoint was trained.
+    normalise : bool
+        Scale retrieval embeddings to length 1.
+    dropout : float
+        Of the network while it is trained.
+    last_layers : int
+        The n of `last_n`.
+    lora_targets : tuple of str
+        Modules of a layer that get adapters.
+    lora_layers : tuple of int
+        Layers that do, counted from 0; empty for all.
+    rank, alpha, lora_dropout
+        Of adapters.
+    head_depth, head_width, head_dim, head_dropout
+        Of the projection.
+    loss : str
+    label_smoothing : float
+    temperature : float
+        Of the contrastive loss, where its training starts.
+    sampler, batch_size, cells_per_condition
+        See `perturbret.batches.plan_batches`.
+    accumulate : int
+        Batches between two steps of the optimiser.
+    epochs, patience : int
+        Most epochs, and how many without a better validation exact_hit@1 are waited for.
+    lr_backbone, lr_head : float
+        Highest learning rates.
+    weight_decay, warmup, clip : float
+        AdamW's; share of all steps in which rates rise; largest norm of the gradient.
+    members : int
+        Heads and adapters trained from different random numbers on the same cells, averaged.
+    precision : str
+    """
+
+    mode: str = "lora_head"
+    init: str = "pretrained"
+    checkpoint: str = "small"
+    pooling: str = "cls"
+    values: str = "checkpoint"
+    normalise: bool = False
+    dropout: float = 0.0
+    last_layers: int = 2
+    lora_targets: tuple[str, ...] = ("Wqkv", "out_proj", "linear1", "linear2")
+    lora_layers: tuple[int, ...] = ()
+    rank: int = 16
+    alpha: float = 32.0
+    lora_dropout: float = 0.0
+    head_depth: int = 1
+    head_width: int = 256
+    head_dim: int = 64
+    head_dropout: float = 0.2
+    loss: str = "classification"
+    label_smoothing: float = 0.1
+    temperature: float = 0.1
+    sampler: str = "random"
+    batch_size: int = 128
+    cells_per_condition: int = 4
+    accumulate: int = 1
+    epochs: int = 24
+    patience: int = 8
+    lr_backbone: float = 1e-3
+    lr_head: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    members: int = 1
+    precision: str = "float32"
+
+
+def read_settings(given: Mapping) -> Settings:
+    """Settings from names and values, each of the type and in the range that it must have.
+
+    Raises
+    ------
+    ValueError
+        Names the setting, what was expected and what was got: an unknown name, a number given as text (`1e4` is a
+        text to YAML: write 1.0e4), a value out of range.
+    """
+    defaults = Settings()
+    values = {}
+    for name, value in given.items():
+        if name not in {field.name for field in dataclasses.fields(Settings)}:
+            known = ", ".join(field.name for field in dataclasses.fields(Settings))
+            raise ValueError(f"settings: expected some of {known}, got {name!r}")
+        values[name] = _checked(name, value, getattr(defaults, name))
+    settings = dataclasses.replace(defaults, **values)
+    if settings.sampler == "balanced" and settings.batch_size % settings.cells_per_condition:
+        raise ValueError(
+            f"batch_size: expected a multiple of cells_per_condition {settings.cells_per_condition}, got "
+            f"{settings.batch_size}"
+        )
+    return settings
+
+
+def _checked(name: str, value, default):
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
+        return value
+    if isinstance(default, tuple):
+        kind = int if name == "lora_layers" else str
+        if not isinstance(value, list | tuple) or any(type(part) is not kind for part in value):
+            raise ValueError(f"{name}: expected a list of {kind.__name__}, got {value!r}")
+        return tuple(value)
+    if isinstance(default, bool | str):
+        if not isinstance(value, type(default)):
+            raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
+        return value
+    whole = isinstance(default, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else Real) or not math.isfinite(value):
+        hint = "; YAML takes 1e4 for a text, write 1.0e4" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number, got {value!r}{hint}")
+    low, high = LIMITS[name]
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value!r}")
+    return value if whole else float(value)

@@ -1,0 +1,107 @@
+"""The network that a run starts from: a checkpoint's or a random one, with the tokens of one gene panel.
+
+Rows of genes that the panel lacks are left out. What is trained, saved and moved to a device is then as small as the
+panel, and a saved encoder needs no checkpoint to be loaded.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .checkpoint import load_checkpoint
+from .network import ScGPT, fingerprint
+from .vocabulary import NO_TOKEN, PAD, SPECIALS, Vocabulary, map_genes
+
+INITS = ("pretrained", "random")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A network over the tokens of a panel.
+
+    Attributes
+    ----------
+    network : ScGPT
+        In evaluation mode.
+    vocabulary : Vocabulary
+        The panel's tokens and the special ones, in the order of the network's embedding.
+    token_ids : ndarray of int64, shape (n_genes,)
+        Token of each gene of the panel, counted in `vocabulary`; -1 where a gene has none.
+    token_settings : dict
+        Further arguments of `perturbret.tokens.tokenize`.
+    origin : dict
+        For the manifest: `init`, `checkpoint`, `checkpoint_sha256` (over the weights; of a random network: those that
+        it has), `account`, `genes_without_token`.
+    """
+
+    network: ScGPT
+    vocabulary: Vocabulary
+    token_ids: np.ndarray
+    token_settings: dict
+    origin: dict
+
+
+def make_trunk(
+    genes: Iterable[str], *, checkpoint, init: str, seed: int, dropout: float | None = None, report=print
+) -> Trunk:
+    """Load a checkpoint and keep what a panel needs of it.
+
+    Parameters
+    ----------
+    genes : iterable of str
+        The panel, in the order of its columns.
+    checkpoint : path
+        A directory that `perturbret.checkpoint.load_checkpoint` reads.
+    init : str
+        `pretrained`: the checkpoint's weights. `random`: a network of the same shape, with none of them.
+    seed : int
+        Of random weights.
+    dropout : float, optional
+        In place of the checkpoint's.
+    report : callable
+        Gets what was loaded, as text.
+
+    Raises
+    ------
+    ValueError
+        `init` is unknown, or no gene of the panel has a token.
+    """
+    if init not in INITS:
+        raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+    loaded = load_checkpoint(checkpoint, report=report)
+    origin = {"init": init, "checkpoint": str(checkpoint), "account": str(loaded.account)}
+    mapped = map_genes(genes, loaded.vocabulary)
+    vocabulary, rows = restrict(loaded.vocabulary, mapped.token_ids)
+    if len(vocabulary) == len(SPECIALS):
+        raise ValueError(
+            f"genes: expected some that the vocabulary of {checkpoint} has, got none of {len(mapped.table)} "
+            f"(first: {mapped.table['gene'].iloc[0]!r})"
+        )
+    shape = dataclasses.replace(
+        loaded.network.shape,
+        n_tokens=len(vocabulary),
+        pad_id=vocabulary.ids[PAD],
+        dropout=loaded.network.shape.dropout if dropout is None else dropout,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ScGPT(shape).eval()
+    if init == "pretrained":
+        weights = dict(loaded.network.state_dict())
+        weights["encoder.embedding.weight"] = weights["encoder.embedding.weight"][torch.from_numpy(rows)]
+        network.load_state_dict(weights)
+    origin["checkpoint_sha256"] = fingerprint(loaded.network if init == "pretrained" else network)
+    origin["genes_without_token"] = int((mapped.token_ids == NO_TOKEN).sum())
+    token_ids = np.where(mapped.token_ids == NO_TOKEN, NO_TOKEN, np.searchsorted(rows, mapped.token_ids))
+    return Trunk(network, vocabulary, token_ids, loaded.token_settings, origin)
+
+
+def restrict(vocabulary: Vocabulary, token_ids: np.ndarray) -> tuple[Vocabulary, np.ndarray]:
+    """The vocabulary of some tokens and the special ones, in the old order, and their old ids."""
+    special = [vocabulary.ids[token] for token in SPECIALS]
+    rows = np.union1d(np.asarray(token_ids)[np.asarray(token_ids) != NO_TOKEN], special).astype(np.int64)
+    tokens = tuple(vocabulary.tokens[row] for row in rows)
+    return Vocabulary(tokens, f"{len(tokens)} tokens of {vocabulary.source}"), rows

@@ -1,0 +1,58 @@
+"""How well an encoder does on single validation cells: what settings, epochs and read-outs are chosen by."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .metrics import rank_top
+from .prepare import Prepared
+from .scoring import candidate_names, score_queries
+
+SCORINGS = ("cosine", "whitened", "classifier")
+# Whitening more dimensions than this costs more than it tells about a choice of settings.
+_MAX_WHITENED = 1024
+
+
+def best_readout(
+    encoder, prepared: Prepared, *, seed: int, scorings: Sequence[str] = SCORINGS
+) -> tuple[str, float]:
+    """The best read-out of single validation cells with a mean library, and its exact_hit@1.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Read-outs that it does not offer are left out.
+    prepared : Prepared
+    seed : int
+    scorings : sequence of str
+        From the one preferred among equals.
+
+    Returns
+    -------
+    readout : str
+        `none` where no validation cell has a condition that was trained.
+    hit : float
+        NaN then.
+    """
+    validation = prepared.where("val")
+    if not np.isin(prepared.conditions[validation], prepared.candidates).any():
+        return "none", np.nan
+    if encoder.embed(prepared.cells.take(validation[:1])).shape[1] > _MAX_WHITENED:
+        scorings = [scoring for scoring in scorings if scoring != "whitened"]
+    names = np.array(candidate_names(prepared, "train"))
+    hits = {}
+    for scored in score_queries(
+        encoder,
+        prepared,
+        role="val",
+        libraries=("mean",),
+        query_sizes=(1,),
+        poolings=("scores",),
+        scorings=scorings,
+        candidates="train",
+        seed=seed,
+    ):
+        same = np.asarray(scored.queries.conditions, str)[:, None] == names
+        hits[scored.scoring] = float((rank_top(scored.scores) * same).sum() / len(same))
+    best = max(hits, key=hits.get)
+    return best, hits[best]
