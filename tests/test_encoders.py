@@ -191,7 +191,7 @@ def test_formats_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(bayes, "load_bayes", lambda directory: directory)
     assert load_encoder(tmp_path, "null_encoder") == tmp_path / "null_encoder"
     path.write_text(json.dumps({"format": "torch"}))
-    with pytest.raises(ValueError, match="expected format 'layers' or 'bayes', got 'torch'"):
+    with pytest.raises(ValueError, match="expected format 'layers', 'bayes' or 'scgpt', got 'torch'"):
         load_encoder(tmp_path, "null_encoder")
 
 
