@@ -420,3 +420,14 @@ def test_hash_is_of_the_content():
         make(pad_value=-3),
     ]
     assert len({tokens.hash for tokens in [make(), *others]}) == 1 + len(others)
+
+
+def test_cells_of_unlike_length_share_no_batch_unless_they_are_few():
+    lengths = np.concatenate([np.full(30, 100), np.full(30, 91), np.full(30, 60), [5, 4, 3]])
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    zeros = np.zeros(indptr[-1], np.int32)
+    tokens = Tokens(zeros, zeros, indptr, 10, 4, -2)
+    found = [lengths[index].tolist() for index in tokens.batches(16384)]
+    assert found == [[100] * 30 + [91] * 30, [60] * 30, [5, 4, 3]]
+    few = Tokens(zeros[:800], zeros[:800], np.array([0, 400, 700, 800]), 10, 4, -2)
+    assert [index.tolist() for index in few.batches(16384)] == [[0, 1], [2]]
