@@ -26,6 +26,13 @@ def freeze(network: ScGPT) -> None:
         weight.requires_grad = False
 
 
+def unfreeze(network: ScGPT) -> int:
+    """Let every weight be trained, the genes' embeddings too; returns 0, the position of the lowest layer."""
+    for weight in network.parameters():
+        weight.requires_grad = True
+    return 0
+
+
 def unfreeze_last(network: ScGPT, n: int) -> int:
     """Let the last `n` transformer layers be trained; returns the position of the first of them.
 

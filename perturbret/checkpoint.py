@@ -148,7 +148,14 @@ def load_checkpoint(directory: str | os.PathLike, *, report=print) -> Checkpoint
 
 
 def save_checkpoint(
-    directory: str | os.PathLike, network: ScGPT, vocabulary: Vocabulary, args: Mapping | None = None
+    directory: str | os.PathLike,
+    network: ScGPT,
+    vocabulary: Vocabulary,
+    args: Mapping | None = None,
+    *,
+    decoders: Mapping[str, torch.Tensor] | None = None,
+    half: bool = False,
+    official: bool = False,
 ) -> None:
     """Write a network as `args.json`, `vocab.json` and `best_model.safetensors`, atomically.
 
@@ -160,6 +167,12 @@ def save_checkpoint(
     vocabulary : Vocabulary
     args : mapping, optional
         Further settings for args.json, `n_bins` and `max_seq_len` among them; sizes are taken from the network.
+    decoders : mapping of str to Tensor, optional
+        Tensors of the training tasks' decoders, under their official names.
+    half : bool
+        In half precision.
+    official : bool
+        Weights as `best_model.pt`, which the official package reads, in place of safetensors.
 
     Raises
     ------
@@ -174,12 +187,18 @@ def save_checkpoint(
         )
     sizes = {theirs: getattr(shape, ours) for ours, theirs in SIZES.items()}
     content = {**STYLE, "pad_token": PAD, **(args or {}), **sizes, "dropout": shape.dropout}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
+        for name, tensor in {**network.state_dict(), **(decoders or {})}.items()
+    }
     with replacing(directory) as temporary:
         temporary.mkdir()
         for name, value in (("args.json", content), ("vocab.json", vocabulary.ids)):
             (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "best_model.safetensors")
+        if official:
+            torch.save(tensors, temporary / "best_model.pt")
+        else:
+            save_file(tensors, temporary / "best_model.safetensors")
 
 
 def _read_shape(args: Mapping, vocabulary: Vocabulary) -> Shape:

@@ -109,6 +109,10 @@ class SymbolResolver:
             rows.append((name, genes[0] if len(genes) == 1 else strip_version(name), how))
         return pd.DataFrame(rows, columns=["name", "gene", "how"], dtype=object)
 
+    def approved(self, name: str) -> bool:
+        """Whether `name` is an approved symbol of HGNC today."""
+        return strip_version(name) in self._owners[0]
+
     @cached_property
     def ensembl_ids(self) -> dict[str, str]:
         """Approved symbol -> Ensembl id, of genes that have one."""

@@ -12,6 +12,7 @@ from .network import PRECISIONS, ScGPT
 from .tokens import Tokens
 
 BATCH_TOKENS = 16384
+PART_TOKENS = 2048  # smaller parts cost more in calls than they save in padding
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,19 @@ class Model(nn.Module):
         """Cell embeddings, (cells, d_model), as the network gives them."""
         if self.start is None:
             return first
+        if padding is None or padding.numel() < 2 * PART_TOKENS:
+            return self._run(first, values, padding)
+        # A batch drawn at random holds short and long cells: computed in parts of like length, without most padding.
+        lengths = (~padding).sum(dim=1)
+        order = lengths.argsort()
+        done = []
+        for part in order.chunk(padding.numel() // PART_TOKENS):
+            width = int(lengths[part[-1]])
+            cut = [None if whole is None else whole[part, :width] for whole in (first, values, padding)]
+            done.append(self._run(*cut))
+        return torch.cat(done)[order.argsort()]
+
+    def _run(self, first: Tensor, values: Tensor | None, padding: Tensor | None) -> Tensor:
         hidden = first if self.start else self.network.inputs(first, values)
         return self.network.pool(hidden, padding, pooling=self.pooling, start=self.start)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, logsumexp
 
-from .adapters import add_lora, freeze, trainable, unfreeze_last
+from .adapters import add_lora, freeze, trainable, unfreeze, unfreeze_last
 from .atomic import replacing
 from .embeddings import cached_embed
 from .heads import Head
@@ -148,6 +148,8 @@ def build_model(trunk: Trunk, options: Settings, n_classes: int) -> Model:
         )
     elif options.mode == "last_n":
         start = unfreeze_last(network, options.last_layers)
+    elif options.mode == "full":
+        start = unfreeze(network)
     head = None
     if options.mode != "frozen":
         head = Head(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 
-MODES = ("frozen", "head", "lora_head", "last_n")
+MODES = ("frozen", "head", "lora_head", "last_n", "full")
 CHOICES = {
     "mode": MODES,
     "init": ("pretrained", "random"),
@@ -51,7 +51,7 @@ class Settings:
     ----------
     mode : str
         What is trained: `frozen` nothing, `head` the head, `lora_head` adapters and the head, `last_n` the last
-        layers and the head.
+        layers and the head, `full` everything.
     init : str
         `pretrained`: the checkpoint's weights; `random`: the same shape without them.
     checkpoint : str

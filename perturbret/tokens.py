@@ -10,7 +10,7 @@ compare with. What differs is in docs/method.md.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from scipy.sparse import csr_matrix
 
 from .atomic import replacing
 from .binning import bin_values
+from .hashing import mix, name_seeds
 from .prepare import Cells
 from .vocabulary import CLS, NO_TOKEN, PAD, Vocabulary
 
@@ -178,7 +179,7 @@ def _tokenize(
     indptr = np.concatenate([[0], np.cumsum(np.minimum(sizes, room) + 1)]).astype(np.int64)
     gene_seeds = np.zeros(len(vocabulary) if (sizes > room).any() else 0, np.uint64)
     if len(gene_seeds):
-        gene_seeds[token_ids[known]] = _seeds(vocabulary.tokens[i] for i in token_ids[known])
+        gene_seeds[token_ids[known]] = name_seeds(vocabulary.tokens[i] for i in token_ids[known])
     genes = make("genes", int(indptr[-1]), np.int32)
     values = make("values", int(indptr[-1]), np.int8 if settings["values"] == "bins" else np.float32)
     for first, last in _chunks(counts.indptr):
@@ -222,23 +223,10 @@ def _choose(names, gene_seeds, rows, offsets, room) -> np.ndarray:
 
     Names, since a vocabulary cut down to a panel numbers the same tokens otherwise.
     """
-    hashes = _mix(gene_seeds ^ _seeds(names)[rows])
+    hashes = mix(gene_seeds ^ name_seeds(names)[rows])
     rank = np.empty(len(rows), np.int64)
     rank[np.lexsort((hashes, rows))] = np.arange(len(rows))
     return rank - offsets[rows] < room
-
-
-def _seeds(names: Iterable[str]) -> np.ndarray:
-    digests = (hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names)
-    return np.array([int.from_bytes(digest) for digest in digests], np.uint64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """One step of splitmix64 (Steele et al., OOPSLA 2014): numbers that look random, the same for the same input."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _chunks(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -295,7 +283,8 @@ def _checked(token_ids, cells: Cells, vocabulary: Vocabulary) -> np.ndarray:
 
 def _key(cells: Cells, token_ids: np.ndarray, vocabulary: Vocabulary, settings: Mapping) -> str:
     here = Path(__file__)
-    digest = hashlib.sha256(here.read_bytes() + here.with_name("binning.py").read_bytes())
+    code = (here, here.with_name("binning.py"), here.with_name("hashing.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     digest.update(json.dumps([settings, vocabulary.hash], sort_keys=True).encode())
     digest.update("\0".join(map(str, cells.names)).encode())
     counts = cells.counts

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "perturbret"
 # methods and stands below: encoders choose their settings through it.
 LAYERS = {
     "pure": (
-        "atomic binning conditions counts gene_matching gene_space gene_stats genes library masking metrics nulls "
-        "prepare queries remap retrieval screen splits stats whitening"
+        "atomic binning conditions counts gene_matching gene_space gene_stats genes hashing library masking metrics "
+        "nulls prepare queries remap retrieval screen splits stats whitening"
     ),
     "data": (
         "align annotations chunks datasets download fetch h5ad ingest pretrained reference_cells registry simulate "
@@ -27,13 +27,13 @@ LAYERS = {
     ),
     "evaluation": "evaluate scoring",
     "encoders": (
-        "adapters baselines batches bayes checkpoint embeddings encoders features finetune heads linear logistic "
-        "losses mlp model modes monitor network optimise proofs references scgpt settings spectrum tokens training "
-        "trunk validation"
+        "adapters baselines batches bayes checkpoint corpus decoders embeddings encoders features finetune heads "
+        "linear logistic losses masked_values mlp model modes monitor network optimise pretraining proofs references "
+        "scgpt settings spectrum tokens training trunk validation"
     ),
     "bookkeeping": (
-        "__main__ audit compare coverage execute figures grid html index parameters pipeline progress provenance "
-        "report runs sentences tables training_report workflow"
+        "__main__ audit compare coverage execute figures grid html index parameters pipeline pretraining_report "
+        "pretraining_run progress provenance report runs sentences tables training_report workflow"
     ),
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
@@ -41,14 +41,18 @@ PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
 NETWORKS = {
     "adapters",
     "checkpoint",
+    "decoders",
     "finetune",
     "heads",
     "losses",
+    "masked_values",
     "model",
     "modes",
     "monitor",
     "network",
     "optimise",
+    "pretraining",
+    "pretraining_report",
     "proofs",
     "scgpt",
     "trunk",

@@ -1,0 +1,253 @@
+"""Pretrain a small scGPT on reference cells: steps, held-out losses, resuming, checkpoint."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .atomic import replacing
+from .checkpoint import save_checkpoint
+from .corpus import Part
+from .decoders import Decoders
+from .finetune import TrainingFailed
+from .masked_values import Batch, draw_batch, losses
+from .network import ScGPT, Shape
+from .optimise import schedule
+from .vocabulary import CLS, PAD, Vocabulary
+
+MIN_LENGTH = 16
+_HELD_OUT_BATCHES = 4  # of each dataset
+ARGS = {"input_style": "log1p", "n_bins": 51, "max_seq_len": 1200, "pad_value": -2, "n_layers_cls": 3}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Size of a network and of its pretraining.
+
+    Attributes
+    ----------
+    d_model, n_heads, d_hid, n_layers : int
+    steps : int
+    batch_cells, max_length : int
+        Cells in a batch, and most genes of a cell in it; a batch draws its limit evenly in the logarithm, from 16.
+    hidden_share : float
+    learning_rate, weight_decay, warmup, dropout : float
+    check_every : int
+        Steps between two looks at held-out cells, after which the state is kept too.
+    """
+
+    d_model: int
+    n_heads: int
+    d_hid: int
+    n_layers: int
+    steps: int
+    batch_cells: int = 128
+    max_length: int = 256
+    hidden_share: float = 0.3
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.03
+    dropout: float = 0.0
+    check_every: int = 250
+
+
+PRESETS = {
+    "tiny": Plan(
+        d_model=32, n_heads=4, d_hid=64, n_layers=1, steps=300, batch_cells=64, max_length=96, check_every=50
+    ),
+    "full": Plan(d_model=88, n_heads=4, d_hid=176, n_layers=2, steps=3000, batch_cells=64, max_length=128),
+}
+
+
+@dataclass(frozen=True)
+class PretrainedNetwork:
+    """What pretraining gives.
+
+    Attributes
+    ----------
+    network : ScGPT
+    decoders : Decoders
+    history : DataFrame
+        Per look: `step`, `loss` of the steps before, held-out losses `gene`, `cell`, `absent`, and `mean`: of guessing
+        each gene's mean over the training cells of its dataset in place of `gene` and `cell`.
+    by_dataset : DataFrame
+        The held-out losses of each dataset at the end.
+    """
+
+    network: ScGPT
+    decoders: Decoders
+    history: pd.DataFrame
+    by_dataset: pd.DataFrame
+
+
+def pretrain(
+    corpus: Sequence[Part],
+    vocabulary: Vocabulary,
+    plan: Plan,
+    *,
+    seed: int,
+    state: str | os.PathLike | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
+    report: Callable[[str], None] = print,
+) -> PretrainedNetwork:
+    """Train a network to guess hidden values; on a GPU where there is one.
+
+    Datasets are drawn in proportion to the square root of their numbers of training cells.
+
+    Parameters
+    ----------
+    corpus : sequence of Part
+    vocabulary : Vocabulary
+    plan : Plan
+    seed : int
+    state : path, optional
+        File of the state, kept at each look at held-out cells; training goes on from one of the same plan and data.
+    start : mapping of str to Tensor, optional
+        Weights of the network to start from, in place of random ones.
+    report : callable
+
+    Raises
+    ------
+    TrainingFailed
+        The loss is not finite.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pad_id = vocabulary.ids[PAD]
+    shape = Shape(
+        len(vocabulary), plan.d_model, plan.n_heads, plan.d_hid, plan.n_layers, plan.dropout, pad_id
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network, decoders = ScGPT(shape), Decoders(plan.d_model)
+        if start is not None:
+            network.load_state_dict(start)
+        network, decoders = network.to(device), decoders.to(device)
+        weights = [*network.parameters(), *decoders.parameters()]
+        optimiser = torch.optim.AdamW(
+            weights, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+        )
+        key = _key(corpus, vocabulary, plan, seed, start)
+        history = _resume(state, key, network, decoders, optimiser)
+        first = history[-1]["step"] if history else 0
+        if history:
+            report(f"resumed after step {first}")
+        held_out = [_held_out(part, plan, vocabulary) for part in corpus]
+        means = [part.gene_means(len(vocabulary)) for part in corpus]
+        shares = np.array([np.sqrt((~part.held_out).sum()) for part in corpus])
+        recent = []
+        for step in range(first, plan.steps):
+            # The batch of a step depends on its number alone, so that a resumed run sees the same.
+            rng = np.random.default_rng([seed, step])
+            part = corpus[rng.choice(len(corpus), p=shares / shares.sum())]
+            batch = _draw(part, np.flatnonzero(~part.held_out), rng, plan, vocabulary)
+            for group in optimiser.param_groups:
+                group["lr"] = plan.learning_rate * schedule(step, plan.steps, plan.warmup)
+            loss = sum(losses(network, decoders, batch, pad_id=pad_id).values())
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimiser.step()
+            recent.append(loss.item())
+            if not math.isfinite(recent[-1]):
+                raise TrainingFailed(f"step {step + 1}: expected a finite loss, got {recent[-1]}")
+            if (step + 1) % plan.check_every == 0 or step + 1 == plan.steps:
+                found = _look(network, decoders, held_out, means, pad_id)
+                row = {"step": step + 1, "loss": float(np.mean(recent)), **found.mean().to_dict()}
+                history.append(row)
+                recent = []
+                _keep(state, key, network, decoders, optimiser, history)
+                report(f"step {step + 1}/{plan.steps}  loss {row['loss']:.4f}  held out {row['gene']:.4f}")
+        by_dataset = _look(network, decoders, held_out, means, pad_id)
+    by_dataset.index = [part.name for part in corpus]
+    return PretrainedNetwork(network.cpu().eval(), decoders.cpu().eval(), pd.DataFrame(history), by_dataset)
+
+
+def save_pretrained(
+    directory: str | os.PathLike,
+    made: PretrainedNetwork,
+    vocabulary: Vocabulary,
+    *,
+    half: bool = False,
+    official: bool = False,
+) -> None:
+    """Write a checkpoint directory in the official layout, decoders included; see `save_checkpoint`."""
+    tensors = made.decoders.state_dict()
+    save_checkpoint(directory, made.network, vocabulary, ARGS, decoders=tensors, half=half, official=official)
+
+
+def _draw(part: Part, cells: np.ndarray, rng, plan: Plan, vocabulary: Vocabulary) -> Batch:
+    length = int(np.exp(rng.uniform(np.log(MIN_LENGTH), np.log(plan.max_length + 1))))
+    # Short cells in larger batches, so that steps weigh alike.
+    n = int(plan.batch_cells * min(4.0, max(1.0, (plan.max_length / 2) / length)))
+    return draw_batch(
+        part,
+        rng.choice(cells, n),
+        rng,
+        length=length,
+        hidden_share=plan.hidden_share,
+        pad_id=vocabulary.ids[PAD],
+        cls_id=vocabulary.ids[CLS],
+    )
+
+
+def _held_out(part: Part, plan: Plan, vocabulary: Vocabulary) -> list[Batch]:
+    """Batches that every look uses, the same for every seed."""
+    cells = np.flatnonzero(part.held_out)
+    rng = np.random.default_rng(0)
+    return [_draw(part, cells, rng, plan, vocabulary) for _ in range(_HELD_OUT_BATCHES)]
+
+
+@torch.inference_mode()
+def _look(
+    network, decoders, held_out: list[list[Batch]], means: list[np.ndarray], pad_id: int
+) -> pd.DataFrame:
+    """Held-out losses, a row per dataset."""
+    network.eval()
+    rows = []
+    for batches, mean in zip(held_out, means, strict=True):
+        found = [
+            {k: v.item() for k, v in losses(network, decoders, b, pad_id=pad_id).items()} for b in batches
+        ]
+        errors = np.concatenate([b.values[b.hidden] - mean[b.genes[b.hidden]] for b in batches])
+        rows.append({**pd.DataFrame(found).mean().to_dict(), "mean": float(np.nanmean(errors**2))})
+    network.train()
+    return pd.DataFrame(rows)
+
+
+def _key(corpus, vocabulary: Vocabulary, plan: Plan, seed: int, start) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(plan), seed, vocabulary.hash]).encode())
+    for part in corpus:
+        digest.update(part.indptr.tobytes())
+        digest.update(np.ascontiguousarray(part.genes[:: max(1, len(part.genes) // 100_000)]).tobytes())
+    for name in sorted(start or {}):
+        digest.update(start[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _keep(path, key: str, network, decoders, optimiser, history: list[dict]) -> None:
+    if path is None:
+        return
+    parts = {"network": network, "decoders": decoders, "optimiser": optimiser}
+    content = {"key": key, "history": history, "random": torch.get_rng_state()}
+    with replacing(path) as temporary:
+        torch.save({**content, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+
+
+def _resume(path, key: str, network, decoders, optimiser) -> list[dict]:
+    if path is None or not Path(path).exists():
+        return []
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if content["key"] != key:
+        return []
+    network.load_state_dict(content["network"])
+    decoders.load_state_dict(content["decoders"])
+    optimiser.load_state_dict(content["optimiser"])
+    torch.set_rng_state(content["random"])
+    return content["history"]

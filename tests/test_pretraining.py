@@ -1,0 +1,230 @@
+"""Pretraining: batches with hidden values, losses, resuming, and checkpoints that the official package reads."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from perturbret.checkpoint import load_checkpoint
+from perturbret.chunks import ChunkedCounts
+from perturbret.corpus import choose_vocabulary, make_corpus
+from perturbret.decoders import Decoders
+from perturbret.finetune import TrainingFailed
+from perturbret.masked_values import HIDDEN, PAD_VALUE, draw_batch, losses
+from perturbret.network import ScGPT, Shape
+from perturbret.pretraining import PRESETS, Plan, pretrain, save_pretrained
+from perturbret.pretraining_run import open_pretraining, read_pretrained, run_pretraining
+from perturbret.runs import RunExists
+from perturbret.vocabulary import SPECIALS, Vocabulary
+
+GENES = np.array([f"G{i}" for i in range(30)])
+PLAN = Plan(d_model=16, n_heads=2, d_hid=16, n_layers=1, steps=8, batch_cells=8, max_length=20, check_every=4)
+
+
+def reference(name="ref", n_cells=60, genes=GENES, seed=0):
+    counts = csr_matrix(np.random.default_rng(seed).poisson(1.0, (n_cells, len(genes))).astype(np.float32))
+
+    def read(size):
+        for start in range(0, n_cells, size):
+            yield counts[start : start + size], None
+
+    return ChunkedCounts(name, genes, None, n_cells, read), counts
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary((*GENES, "UNMEASURED", *SPECIALS), "test")
+
+
+@pytest.fixture
+def corpus(vocabulary, tmp_path):
+    return make_corpus(
+        [reference()[0], reference("other", 50, GENES[:20], 1)[0]], vocabulary, directory=tmp_path
+    )
+
+
+def test_corpus_holds_each_cells_genes_and_values(vocabulary, tmp_path):
+    source, counts = reference()
+    (part,) = make_corpus([source], vocabulary, directory=tmp_path)
+    dense = counts.toarray()
+    for i in (0, 7, 59):
+        genes, values = part.cell(i)
+        expected = np.log1p(dense[i] / dense[i].sum() * 1e4)
+        np.testing.assert_array_equal(np.sort(genes), np.flatnonzero(dense[i]))
+        np.testing.assert_allclose(values, expected[genes], rtol=1e-5)
+    assert 0 < part.held_out.sum() < len(part.held_out) / 4
+    again = make_corpus([source], vocabulary, directory=tmp_path)[0]
+    np.testing.assert_array_equal(part.genes, again.genes)
+    kept = ~part.held_out
+    logged = np.log1p(dense / dense.sum(axis=1, keepdims=True) * 1e4)[kept]
+    means = logged.sum(axis=0) / (dense[kept] > 0).sum(axis=0)
+    np.testing.assert_allclose(part.gene_means(len(vocabulary))[:30], means, rtol=1e-5)
+    assert np.isnan(part.gene_means(len(vocabulary))[30])
+
+
+def test_a_corpus_of_other_cells_is_made_anew(vocabulary, tmp_path):
+    first = make_corpus([reference(seed=0)[0]], vocabulary, directory=tmp_path)[0]
+    second = make_corpus([reference(seed=5)[0]], vocabulary, directory=tmp_path)[0]
+    assert first.indptr[-1] != second.indptr[-1] or (first.genes != second.genes).any()
+
+
+def test_corpus_needs_references_and_genes(vocabulary, tmp_path):
+    with pytest.raises(ValueError, match="expected at least one dataset"):
+        make_corpus([], vocabulary, directory=tmp_path)
+    odd = reference(genes=np.array([f"X{i}" for i in range(5)]))[0]
+    with pytest.raises(ValueError, match="ref: expected genes of the vocabulary, found none of 5"):
+        make_corpus([odd], vocabulary, directory=tmp_path)
+
+
+def test_vocabulary_has_detected_genes_and_undetected_ones_with_a_symbol():
+    genes = np.array(["TP53", "RP11-34P13.3", "CD3E", "AC000123.4"])
+    counts = csr_matrix(np.array([[1, 2, 0, 0], [0, 1, 0, 0]], np.float32))
+    source = ChunkedCounts("ref", genes, None, 2, lambda size: iter([(counts, None)]))
+    chosen = choose_vocabulary([source], Vocabulary((*genes, "NOC2L", *SPECIALS), "all"))
+    assert chosen.genes == ("TP53", "RP11-34P13.3", "CD3E")  # AC000123.4 is neither seen nor approved
+
+
+def test_batches_hide_values_and_name_only_genes_that_are_absent(corpus, vocabulary):
+    part, rng = corpus[0], np.random.default_rng(0)
+    ids = {"pad_id": vocabulary.ids["<pad>"], "cls_id": vocabulary.ids["<cls>"]}
+    batch = draw_batch(part, range(20), rng, length=6, hidden_share=0.5, **ids)
+    assert batch.genes.shape[1] <= 7 and (batch.genes[:, 0] == ids["cls_id"]).all()
+    assert not batch.hidden[:, 0].any() and not batch.hidden[batch.genes == ids["pad_id"]].any()
+    assert 0.3 < batch.hidden[batch.genes < 30].mean() < 0.7
+    for i in range(20):
+        detected, _ = part.cell(i)
+        absent = batch.absent[i][batch.absent[i] != ids["pad_id"]]
+        assert not np.isin(absent, detected).any() and np.isin(absent, part.measured).all()
+        assert np.isin(batch.genes[i, 1:][batch.genes[i, 1:] != ids["pad_id"]], detected).all()
+    assert (batch.values[batch.genes == ids["pad_id"]] == PAD_VALUE).all()
+
+
+def test_a_hidden_value_has_no_influence_on_its_guess(corpus, vocabulary):
+    """Losses see hidden values as targets only: with guesses fixed at 0, they are the targets' mean squares."""
+    shape = Shape(len(vocabulary), 16, 2, 16, 1, 0.0, vocabulary.ids["<pad>"])
+    torch.manual_seed(0)
+    network, decoders = ScGPT(shape).eval(), Decoders(16)
+    batch = draw_batch(
+        corpus[0], range(8), np.random.default_rng(1), length=9, hidden_share=0.4,
+        pad_id=shape.pad_id, cls_id=vocabulary.ids["<cls>"],
+    )  # fmt: skip
+    seen = []
+    network.value_encoder.register_forward_hook(lambda module, given, out: seen.append(given[0].clone()))
+    with torch.no_grad():
+        for weight in decoders.parameters():
+            weight.zero_()
+        found = losses(network, decoders, batch, pad_id=shape.pad_id)
+    targets = batch.values[batch.hidden]
+    assert found["gene"].item() == pytest.approx(np.square(targets).mean(), rel=1e-5)
+    assert found["cell"].item() == pytest.approx(np.square(targets).mean(), rel=1e-5)
+    assert found["absent"].item() == 0
+    shown = set(batch.values[~batch.hidden & (batch.genes < 30)].tolist()) | {HIDDEN, PAD_VALUE}
+    assert set(seen[0].ravel().tolist()) <= shown  # no value that is hidden everywhere gets in
+
+
+def test_training_lowers_the_loss_and_repeats(corpus, vocabulary):
+    plan = dataclasses.replace(PLAN, steps=150, check_every=50)
+    first = pretrain(corpus, vocabulary, plan, seed=1, report=lambda text: None)
+    again = pretrain(corpus, vocabulary, plan, seed=1, report=lambda text: None)
+    assert first.history["loss"].iloc[-1] < 0.7 * first.history["loss"].iloc[0]
+    assert (
+        first.by_dataset.index.tolist() == ["ref", "other"] and np.isfinite(first.by_dataset.to_numpy()).all()
+    )
+    for a, b in zip(first.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(corpus, vocabulary, tmp_path):
+    def stop(text):
+        if text.startswith("step 4/"):
+            raise KeyboardInterrupt
+
+    whole = pretrain(corpus, vocabulary, PLAN, seed=0, report=lambda text: None)
+    state = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(corpus, vocabulary, PLAN, seed=0, state=state, report=stop)
+    said = []
+    resumed = pretrain(corpus, vocabulary, PLAN, seed=0, state=state, report=said.append)
+    assert said[0] == "resumed after step 4"
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    said.clear()
+    pretrain(corpus, vocabulary, dataclasses.replace(PLAN, steps=9), seed=0, state=state, report=said.append)
+    assert said[0].startswith("step 4/9")  # a state of another plan is not gone on from
+
+
+def test_a_loss_that_is_not_finite_stops(corpus, vocabulary):
+    broken = ScGPT(Shape(len(vocabulary), 16, 2, 16, 1, 0.0, vocabulary.ids["<pad>"])).state_dict()
+    broken["encoder.embedding.weight"] = torch.full_like(broken["encoder.embedding.weight"], float("nan"))
+    with pytest.raises(TrainingFailed, match="step 1: expected a finite loss"):
+        pretrain(corpus, vocabulary, PLAN, seed=0, start=broken, report=lambda text: None)
+
+
+def test_checkpoint_reads_back_and_in_half_precision(corpus, vocabulary, tmp_path):
+    made = pretrain(corpus, vocabulary, PLAN, seed=0, report=lambda text: None)
+    save_pretrained(tmp_path / "full", made, vocabulary)
+    save_pretrained(tmp_path / "half", made, vocabulary, half=True)
+    said = []
+    loaded = load_checkpoint(tmp_path / "full", report=said.append)
+    assert "unused 9" in said[0] and loaded.token_settings["values"] == "log1p"
+    for name, tensor in made.network.state_dict().items():
+        assert torch.equal(tensor, loaded.network.state_dict()[name])
+    half = load_checkpoint(tmp_path / "half", report=said.append).network
+    assert next(half.parameters()).dtype == torch.float32
+    weights = made.network.encoder.embedding.weight
+    torch.testing.assert_close(half.encoder.embedding.weight, weights, atol=1e-3, rtol=1e-3)
+
+
+def test_the_official_package_loads_the_checkpoint(corpus, vocabulary, tmp_path):
+    """Cell embeddings and both decoders of the official model equal ours with the weights that we wrote."""
+    from scgpt_oracle import Vocab, scgpt
+
+    made = pretrain(corpus, vocabulary, PLAN, seed=0, report=lambda text: None)
+    save_pretrained(tmp_path / "official", made, vocabulary, official=True)
+    args = json.loads((tmp_path / "official" / "args.json").read_text())
+    ids = json.loads((tmp_path / "official" / "vocab.json").read_text())
+    model = scgpt.model.TransformerModel(
+        ntoken=len(ids), d_model=args["embsize"], nhead=args["nheads"], d_hid=args["d_hid"], nlayers=args["nlayers"],
+        nlayers_cls=args["n_layers_cls"], n_cls=1, vocab=Vocab(list(ids)), dropout=args["dropout"],
+        pad_token=args["pad_token"], pad_value=args["pad_value"], do_mvc=True, use_fast_transformer=False,
+    )  # fmt: skip
+    weights = torch.load(tmp_path / "official" / "best_model.pt", weights_only=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scgpt.utils.load_pretrained(model, weights, verbose=False)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert len(changed) >= len(weights) - 5  # norms start as what they may still be after 8 steps
+    model.eval()
+    genes = torch.tensor([[vocabulary.ids["<cls>"], 3, 8, 11]])
+    values = torch.tensor([[PAD_VALUE, 1.5, HIDDEN, 4.0]])
+    padding = torch.zeros_like(genes, dtype=torch.bool)
+    with torch.inference_mode():
+        theirs = model(genes, values, padding, MVC=True)
+        outputs = made.network.run(made.network.inputs(genes, values), None)
+        torch.testing.assert_close(theirs["cell_emb"], outputs[:, 0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(theirs["mlm_output"], made.decoders.decoder(outputs), atol=1e-4, rtol=1e-3)
+        ours = made.decoders.mvc_decoder(outputs[:, 0], made.network.encoder(genes))
+        torch.testing.assert_close(theirs["mvc_output"], ours, atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_without_reference_cells_says_simulated_and_is_reused(tmp_path, monkeypatch):
+    monkeypatch.delenv("PERTURBRET_DATA", raising=False)
+    options = {"steps": 2, "outputs": str(tmp_path)}
+    run = open_pretraining("tiny", **options)
+    assert run.simulated and run.plan.steps == 2
+    made = run_pretraining(run, report=lambda text: None)
+    again = run_pretraining(
+        open_pretraining("tiny", **options), report=lambda text: pytest.fail("trained again")
+    )
+    assert torch.equal(made.network.encoder.embedding.weight, again.network.encoder.embedding.weight)
+    assert read_pretrained(run.directory).history["step"].tolist() == made.history["step"].tolist()
+    with pytest.raises(RunExists, match="the run there has plan"):
+        open_pretraining("tiny", steps=3, outputs=str(tmp_path))
+    with pytest.raises(ValueError, match="preset: expected one of tiny, full, got 'huge'"):
+        open_pretraining("huge", outputs=str(tmp_path))
+
+
+def test_presets_are_plans():
+    assert set(PRESETS) == {"tiny", "full"} and PRESETS["tiny"].steps < PRESETS["full"].steps
