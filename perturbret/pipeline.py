@@ -16,9 +16,11 @@ from .encoders import load_encoder, without_cache
 from .evaluate import evaluate, null_control, summarise
 from .nulls import permute_conditions
 from .prepare import Prepared, prepare
+from .pretrained import find_checkpoint
 from .provenance import code_hash, directory_hash, environment
 from .runs import Run, open_run, outputs_root, write_table
 from .screen import Screen
+from .settings import Settings
 
 # What a fitted encoder depends on, with all that these import: a change of their code makes an encoder stale.
 FIT_MODULES = ("datasets", "splits", "prepare", "evaluate")
@@ -37,6 +39,8 @@ def fit_run(run: Run) -> pd.DataFrame:
         The hyperparameter settings tried, with validation exact_hit@1 and the choice.
     """
     code = code_hash(*FIT_MODULES, "modes" if run.params["encoder"] == TUNED else "baselines")
+    if run.params["encoder"] == TUNED:  # other weights under the same name are another start
+        code += "-" + directory_hash(find_checkpoint(_checkpoint(run)))[:16]
     made = run.manifest.get("fit")
     same = made and made["params"] == run.params and made["context"] == asdict(run.prepared.context)
     if same and made["code"] == code and _intact(run.directory, made):
@@ -87,6 +91,10 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
         cache=cache_directory(run),
         state=_state(run, name),
     )
+
+
+def _checkpoint(run: Run) -> str:
+    return (run.params.get("settings") or {}).get("checkpoint", Settings().checkpoint)
 
 
 def _state(run: Run, name: str) -> Path:

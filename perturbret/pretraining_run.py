@@ -1,6 +1,7 @@
 """A pretraining run: its directory, reuse, resuming, manifest."""
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,3 +156,19 @@ def read_pretrained(directory: Path) -> PretrainedNetwork:
     decoders.load_state_dict({name: tensors[name] for name in decoders.state_dict()})
     by_dataset = pd.read_csv(directory / "by_dataset.csv", index_col="dataset").rename_axis(None)
     return PretrainedNetwork(network, decoders.eval(), pd.read_csv(directory / "history.csv"), by_dataset)
+
+
+def ship(directory: Path, target: Path) -> None:
+    """Write a finished run's checkpoint in half precision to `target`, as the package carries it."""
+    made = read_pretrained(directory)
+    save_pretrained(target, made, load_vocabulary(directory / CHECKPOINT), half=True)
+
+
+def _main(arguments: list[str]) -> None:
+    if len(arguments) != 3 or arguments[0] != "ship":
+        raise SystemExit("usage: python -m perturbret.pretraining_run ship RUN_DIRECTORY TARGET_DIRECTORY")
+    ship(Path(arguments[1]), Path(arguments[2]))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

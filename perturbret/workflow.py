@@ -22,7 +22,7 @@ from .provenance import data_files, modules_behind
 from .registry import Entry
 
 PACKAGE = Path(__file__).resolve().parent
-RULES = {"audit": AUDIT, "vocab": VOCAB, "baselines": "03_baselines"}
+RULES = {"audit": AUDIT, "vocab": VOCAB, "baselines": "03_baselines", "finetune": "04_finetune"}
 RULES |= {"evaluate": EVALUATION, "report": REPORT}
 
 
