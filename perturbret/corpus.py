@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +134,16 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
         np.memmap(path / "values.f4", np.float32, "r", shape=(n["n_values"],)),
         indptr,
         measured,
-        mix(name_seeds(f"{reference.name} {i}" for i in range(len(indptr) - 1))) % np.uint64(_HELD_OUT) == 0,
+        held_out_cells(f"{reference.name} {i}" for i in range(len(indptr) - 1)),
     )
+
+
+def held_out_cells(names: Iterable[str]) -> np.ndarray:
+    """True for one cell in twenty, by a hash of its name; for the first where that names none. bool (n,)."""
+    chosen = mix(name_seeds(names)) % np.uint64(_HELD_OUT) == 0
+    if not chosen.any():
+        chosen[0] = True
+    return chosen
 
 
 def _write(reference: ChunkedCounts, token_ids: np.ndarray, vocabulary: Vocabulary, directory: Path) -> None:

@@ -15,6 +15,7 @@ from .atomic import write_json
 
 SCHEMA = "perturbret.cross_dataset_hvg_info"
 SCHEMA_VERSION = 1
+SPACE_FILE = "cross_dataset_hvg_info.json"
 _SHOWN = 5
 
 
@@ -189,7 +190,7 @@ def write_gene_space(space: GeneSpace, directory: str | os.PathLike) -> None:
     compatible = None
     if space.settings.get("screen"):
         compatible = hvg_info(space, space.settings["screen"])
-    write_json(folder / "cross_dataset_hvg_info.json", to_json(space))
+    write_json(folder / SPACE_FILE, to_json(space))
     if compatible is not None:
         write_json(folder / "hvg_info.json", compatible)
 
@@ -248,7 +249,7 @@ def read_gene_space(path: str | os.PathLike) -> GeneSpace:
         a content that contradicts itself.
     """
     file = Path(path)
-    file = file / "cross_dataset_hvg_info.json" if file.is_dir() else file
+    file = file / SPACE_FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"gene space: expected cross_dataset_hvg_info.json, found none at {file}")
     try:

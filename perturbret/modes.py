@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .adapt import adapt_trunk
 from .baselines import Fitted
 from .embeddings import cached_embed
 from .finetune import Outcome, train
 from .model import Model, Rows, run_lower
 from .monitor import make_validation
 from .network import embed, fingerprint
-from .prepare import Prepared
+from .prepare import UNLABELLED, Prepared
 from .pretrained import find_checkpoint
 from .proofs import prove
 from .queries import by_name
@@ -117,6 +118,12 @@ def _fit(
     )
     if options.values != "checkpoint":
         trunk = dataclasses.replace(trunk, token_settings={**trunk.token_settings, "values": options.values})
+    if options.adapt == "mlm":
+        roles = np.isin(prepared.roles, ("train", UNLABELLED))
+        own = prepared.cells.take(by_name(prepared, np.flatnonzero(roles)))
+        trunk = adapt_trunk(
+            trunk, own, steps=options.adapt_steps, learning_rate=options.lr_adapt, seed=seed, report=report
+        )
     sha256 = fingerprint(trunk.network)
     tokens = tokenize(
         prepared.cells, trunk.token_ids, trunk.vocabulary, directory=cache, **trunk.token_settings

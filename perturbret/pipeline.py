@@ -128,7 +128,13 @@ def null_twin(run: Run) -> Prepared:
     permuted = permute_conditions(
         prepared.conditions, prepared.roles, batch=prepared.cells.batch, seed=run.params["seed"]
     )
-    return prepare(run.screen, run.split, mask=run.params["mask"], conditions=permuted)
+    return prepare(
+        run.screen,
+        run.split,
+        mask=run.params["mask"],
+        conditions=permuted,
+        train_share=prepared.context.train_share,
+    )
 
 
 def evaluate_run(

@@ -9,9 +9,13 @@ from scipy.sparse import csr_matrix
 
 from .conditions import CTRL
 from .genes import SymbolResolver
+from .hashing import mix, name_seeds
 from .masking import mask_counts, mask_totals, target_columns
 from .screen import Screen
 from .splits import Split
+
+# Role of training cells whose labels are put aside, to see what fewer labels do.
+UNLABELLED = "unlabelled"
 
 
 class ContextMismatch(ValueError):
@@ -29,6 +33,7 @@ class Context:
     mask: str
     n_genes: int
     gene_hash: str
+    train_share: float = 1.0
 
     def check(self, other: "Context", ablation: Sequence[str] = ()) -> None:
         """Raise unless `other` equals this context in every field that is not a declared ablation.
@@ -146,7 +151,14 @@ class Prepared:
         return np.flatnonzero(chosen)
 
 
-def prepare(screen: Screen, split: Split, *, mask: str, conditions: np.ndarray | None = None) -> Prepared:
+def prepare(
+    screen: Screen,
+    split: Split,
+    *,
+    mask: str,
+    conditions: np.ndarray | None = None,
+    train_share: float = 1.0,
+) -> Prepared:
     """Mask a screen's counts and attach roles.
 
     Parameters
@@ -158,11 +170,14 @@ def prepare(screen: Screen, split: Split, *, mask: str, conditions: np.ndarray |
         A policy of `perturbret.masking.POLICIES`.
     conditions : ndarray of str, shape (n_cells,), optional
         Labels to use in place of the screen's own: the null control masks and trains by permuted labels.
+    train_share : float
+        Of the training cells of each condition, how many keep their role, at least one; the others get the role
+        `unlabelled`. Smaller shares are parts of larger ones.
 
     Raises
     ------
     ValueError
-        The split lacks cells of the screen, or `mask` is unknown.
+        The split lacks cells of the screen, or `mask` or `train_share` is out of range.
     """
     absent = ~screen.obs.index.isin(split.roles.index)
     if absent.any():
@@ -172,6 +187,10 @@ def prepare(screen: Screen, split: Split, *, mask: str, conditions: np.ndarray |
         )
     roles = split.roles.reindex(screen.obs.index).to_numpy(str)
     labels = screen.obs["condition"].to_numpy(str) if conditions is None else np.asarray(conditions, str)
+    if not 0 < train_share <= 1:
+        raise ValueError(f"train_share: expected a share above 0 and up to 1, got {train_share!r}")
+    if train_share < 1:
+        roles = _put_aside(roles, labels, screen.obs.index.to_numpy(str), train_share, split.seed)
     columns = target_columns(
         screen.conditions,
         screen.genes,
@@ -197,8 +216,22 @@ def prepare(screen: Screen, split: Split, *, mask: str, conditions: np.ndarray |
         mask=mask,
         n_genes=screen.n_genes,
         gene_hash=hashlib.sha256("\0".join(map(str, screen.genes)).encode()).hexdigest()[:16],
+        train_share=float(train_share),
     )
     return Prepared(cells, labels, roles, candidates, columns, context, screen.truth)
+
+
+def _put_aside(
+    roles: np.ndarray, labels: np.ndarray, names: np.ndarray, share: float, seed: int
+) -> np.ndarray:
+    """Roles with all but a share of each condition's training cells made `unlabelled`, by a hash of seed and name."""
+    roles = roles.astype("<U16")
+    order = mix(name_seeds(f"{seed} {name}" for name in names))
+    for label in np.unique(labels[roles == "train"]):
+        cells = np.flatnonzero((roles == "train") & (labels == label))
+        kept = max(1, round(share * len(cells)))
+        roles[cells[np.argsort(order[cells])[kept:]]] = UNLABELLED
+    return roles
 
 
 def _most_common(values: np.ndarray) -> str:

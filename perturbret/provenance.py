@@ -23,7 +23,9 @@ def code_hash(*modules: str) -> str:
 
 def data_files() -> list[Path]:
     """Files of the package that are read as data."""
-    return sorted(path for path in (PACKAGE / "data").rglob("[!.]*") if path.is_file() and path.suffix != ".md")
+    return sorted(
+        path for path in (PACKAGE / "data").rglob("[!.]*") if path.is_file() and path.suffix != ".md"
+    )
 
 
 def modules_behind(source: str) -> set[Path]:

@@ -53,13 +53,16 @@ def outputs_root(outputs: str = "") -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "outputs"
 
 
-def run_name(encoder: str, mask: str, seed: int, settings: dict | None = None) -> str:
+def run_name(
+    encoder: str, mask: str, seed: int, settings: dict | None = None, train_share: float = 1.0
+) -> str:
     """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0`."""
     settings = settings or {}
     parts = [encoder.replace(":", ".")]
     parts += [settings["mode"]] if "mode" in settings else []
     parts += ["random"] if settings.get("init") == "random" else []
-    return f"{'_'.join(parts)}-{mask}-seed{seed}"
+    share = f"-share{train_share:g}" if train_share != 1 else ""
+    return f"{'_'.join(parts)}-{mask}-seed{seed}{share}"
 
 
 def open_run(
@@ -71,6 +74,7 @@ def open_run(
     track: str = "in_dist",
     search: dict | None = None,
     settings: dict | None = None,
+    train_share: float = 1.0,
     run: str = "",
     outputs: str = "",
     overwrite: bool = False,
@@ -87,8 +91,10 @@ def open_run(
         Hyperparameter values to choose among on validation, name to list.
     settings : dict, optional
         Of an encoder that has some (`perturbret.settings`); None: those of the run that is there.
+    train_share : float
+        Share of each condition's training cells whose labels are used.
     run : str
-        Name of the directory; empty for `run_name(encoder, mask, seed, settings)`.
+        Name of the directory; empty for `run_name(...)`.
     outputs : str
         See `outputs_root`.
     overwrite : bool
@@ -100,9 +106,9 @@ def open_run(
         The directory holds a run with other parameters or other data, and `overwrite` is false.
     """
     root = outputs_root(outputs) / screen.name
-    directory = root / (run or run_name(encoder, mask, seed, settings))
+    directory = root / (run or run_name(encoder, mask, seed, settings, train_share))
     split = get_split(screen, track=track, seed=seed, directory=root / "splits")
-    prepared = prepare(screen, split, mask=mask)
+    prepared = prepare(screen, split, mask=mask, train_share=train_share)
     params = {"dataset": screen.name, "encoder": encoder, "mask": mask, "track": track, "seed": int(seed)}
     params["search"] = search or {}
     made = read_manifest(directory).get("fit")

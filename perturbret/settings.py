@@ -10,6 +10,7 @@ MODES = ("frozen", "head", "lora_head", "last_n", "full")
 CHOICES = {
     "mode": MODES,
     "init": ("pretrained", "random"),
+    "adapt": ("none", "mlm"),
     "pooling": ("cls", "mean"),
     "values": ("checkpoint", "bins", "log1p"),
     "loss": ("classification", "contrastive", "both"),
@@ -34,6 +35,8 @@ LIMITS = {
     "accumulate": (1, 1024),
     "epochs": (1, 10000),
     "patience": (1, 10000),
+    "adapt_steps": (1, 1_000_000),
+    "lr_adapt": (0, 1),
     "lr_backbone": (0, 1),
     "lr_head": (0, 1),
     "weight_decay": (0, 10),
@@ -66,6 +69,11 @@ class Settings:
         `pretrained`: the checkpoint's weights; `random`: the same shape without them.
     checkpoint : str
         Name in params/checkpoints.yaml or directory.
+    adapt : str
+        `none`, or `mlm`: before labels are used, the network goes on guessing hidden values, on the screen's own
+        training cells.
+    adapt_steps, lr_adapt
+        For how many batches, and at which learning rate.
     pooling : str
         `cls` or `mean`.
     values : str
@@ -106,6 +114,9 @@ class Settings:
     mode: str = "lora_head"
     init: str = "pretrained"
     checkpoint: str = "small"
+    adapt: str = "none"
+    adapt_steps: int = 600
+    lr_adapt: float = 1e-3
     pooling: str = "mean"
     values: str = "checkpoint"
     normalise: bool = False

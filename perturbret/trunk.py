@@ -7,11 +7,14 @@ panel, and a saved encoder needs no checkpoint to be loaded.
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint
+from .gene_space import SPACE_FILE, check_gene_space, read_gene_space
+from .genes import SymbolResolver
 from .network import ScGPT, fingerprint
 from .vocabulary import NO_TOKEN, PAD, SPECIALS, Vocabulary, map_genes
 
@@ -68,9 +71,16 @@ def make_trunk(
     ------
     ValueError
         `init` is unknown, or no gene of the panel has a token.
+    GeneSpaceMismatch
+        The checkpoint comes with a gene space (`perturbret.gene_space`), and the panel is another one.
     """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+    genes = list(genes)
+    if (Path(checkpoint) / SPACE_FILE).exists():
+        # Weights that were trained in a fixed gene space go with that space alone.
+        own = SymbolResolver.from_package().canonical(genes)["gene"]
+        check_gene_space(read_gene_space(checkpoint), own.tolist())
     loaded = load_checkpoint(checkpoint, report=report)
     origin = {"init": init, "checkpoint": str(checkpoint), "account": str(loaded.account)}
     mapped = map_genes(genes, loaded.vocabulary)

@@ -27,7 +27,7 @@ LAYERS = {
     ),
     "evaluation": "evaluate scoring",
     "encoders": (
-        "adapters baselines batches bayes checkpoint corpus decoders embeddings encoders features finetune heads "
+        "adapt adapters baselines batches bayes checkpoint corpus decoders embeddings encoders features finetune heads "
         "linear logistic losses masked_values mlp model modes monitor network optimise pretraining proofs references "
         "scgpt settings spectrum tokens training trunk validation"
     ),
