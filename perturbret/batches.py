@@ -22,7 +22,8 @@ def plan_batches(
     sampler : str
         `random`: each cell once, in random order; large classes fill more of each batch. `balanced`: every batch
         has `cells_per_condition` cells of each of `batch_size / cells_per_condition` conditions, and conditions take
-        turns; cells of a condition take turns too, so that those of a rare one come several times in an epoch.
+        turns; cells of a condition take turns too, so that those of a rare one come several times in an epoch. No cell
+        is twice in a batch, unless its condition has fewer than `cells_per_condition`.
     batch_size : int
         Cells in a batch; all cells make one batch where there are fewer. What is left over at the end of an epoch is
         left out of it, so that all batches weigh the same.
@@ -61,16 +62,20 @@ def plan_batches(
             f"{batch_size} and {len(classes)} conditions"
         )
     turns = _turns(classes, rng, n_conditions)
-    cells = {label: _turns(np.flatnonzero(labels == label), rng, 1) for label in classes}
+    cells = {}
+    for label in classes:
+        own = np.flatnonzero(labels == label)
+        cells[label] = _turns(own, rng, min(cells_per_condition, len(own)))
     n_batches = max(1, len(labels) // (n_conditions * cells_per_condition))
     return [
-        np.concatenate([[next(cells[label])[0] for _ in range(cells_per_condition)] for label in next(turns)])
+        np.concatenate([np.resize(next(cells[label]), cells_per_condition) for label in next(turns)])
         for _ in range(n_batches)
     ]
 
 
 def share(batch: np.ndarray, rank: int, n_processes: int) -> np.ndarray:
-    """The part of a batch that one of several processes computes; all parts are of one size.
+    """The part of a batch that one of several processes computes; all parts are of one size, and what is left over
+    is left out.
 
     Raises
     ------

@@ -111,7 +111,8 @@ def train(
     TrainingFailed
         The loss is not finite, or all embeddings have become alike.
     """
-    accelerator = Accelerator()
+    # Precision is that of the settings, whatever the machine's accelerate is configured to.
+    accelerator = Accelerator(mixed_precision="no")
     main = accelerator.is_main_process
     weights = trainable(model)
     optimiser = make_optimiser(weights, settings)
@@ -164,7 +165,6 @@ def train(
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(best["weights"][name])
-    accelerator.free_memory()
     model.eval()
     table = pd.DataFrame(history)
     return Outcome(table, best["epoch"], {name: total / len(history) for name, total in sums.items()})
@@ -188,17 +188,22 @@ def _epoch(accelerator, wrapped, optimiser, weights, source, index, labels, plan
         for batch in plan[step * settings.accumulate : (step + 1) * settings.accumulate]:
             mine = share(batch, accelerator.process_index, accelerator.num_processes)
             block = to_device(source.padded(index[mine]), accelerator.device)
-            targets = torch.from_numpy(labels[mine]).to(accelerator.device)
+            targets = torch.from_numpy(labels[mine]).long().to(accelerator.device)
             with autocast(accelerator.device, settings.precision):
                 embeddings, logits = wrapped(*block)
             loss, value = joint_loss(accelerator, wrapped, embeddings, logits, targets, settings)
             accelerator.backward(loss / settings.accumulate)
             total += value
-        norms += torch.stack([weight.grad.norm() for weight in weights.values()])
+        norms += torch.stack([_norm(weight.grad, accelerator.device) for weight in weights.values()])
         torch.nn.utils.clip_grad_norm_(list(weights.values()), settings.clip)
         optimiser.step()
         optimiser.zero_grad()
     return total / len(plan), dict(zip(weights, (norms / n_steps).tolist(), strict=True))
+
+
+def _norm(gradient: torch.Tensor | None, device) -> torch.Tensor:
+    """0 where no gradient came: what to make of that is for the proof to say."""
+    return torch.zeros((), device=device) if gradient is None else gradient.norm()
 
 
 def _plan(labels: np.ndarray, settings: Settings, seed: int, epoch: int) -> list[np.ndarray]:

@@ -33,7 +33,7 @@ def contrastive(embeddings: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     counts = positive.sum(dim=1)
     anchors = counts > 0
     if not anchors.any():
-        return embeddings.sum() * 0.0
+        return (embeddings.sum() + scale) * 0.0
     return -(log_share.sum(dim=1)[anchors] / counts[anchors]).mean()
 
 

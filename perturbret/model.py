@@ -1,10 +1,13 @@
 """A network with its head, as it is trained and as it embeds cells, from tokens or from what was computed before."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from .heads import Head
@@ -130,6 +133,11 @@ def blocks(
         start += size
 
 
+def best_device() -> torch.device:
+    """Where this process computes: its GPU where there is one, as accelerate sees it, else the CPU."""
+    return PartialState().device
+
+
 def to_device(block: tuple, device) -> tuple[Tensor | None, ...]:
     """A padded block as tensors."""
     return tuple(None if array is None else torch.from_numpy(array).to(device) for array in block)
@@ -158,10 +166,21 @@ def embed_rows(
     return embeddings, logits
 
 
-def run_lower(network: ScGPT, tokens: Tokens, stop: int, *, precision: str = "float32") -> Hidden:
-    """Outputs of the layers before `stop` for all cells, in evaluation mode."""
+def run_lower(
+    network: ScGPT, tokens: Tokens, stop: int, *, precision: str = "float32", directory: Path | None = None
+) -> Hidden:
+    """Outputs of the layers before `stop` for all cells, in evaluation mode.
+
+    directory : where an unnamed file may hold them, gone with the result: they are d_model numbers per token, for large
+    screens more than fits in memory. None: they are in memory.
+    """
     device = network.encoder.embedding.weight.device
-    values = np.empty((len(tokens.genes), network.shape.d_model), np.float32)
+    size = (len(tokens.genes), network.shape.d_model)
+    if directory is None:
+        values = np.empty(size, np.float32)
+    else:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            values = np.memmap(file, np.float32, "w+", shape=size)
     was_training = network.training
     network.eval()
     try:

@@ -15,7 +15,7 @@ from .adapt import adapt_trunk
 from .baselines import Fitted
 from .embeddings import cached_embed
 from .finetune import Outcome, train
-from .model import Model, Rows, run_lower
+from .model import Model, Rows, best_device, run_lower
 from .monitor import make_validation
 from .network import embed, fingerprint
 from .prepare import UNLABELLED, Prepared
@@ -29,6 +29,8 @@ from .trunk import Trunk, make_trunk
 from .validation import best_readout
 
 _PROOF_CELLS = 256
+# Modules that the course of a training depends on.
+_CODE = "adapters batches finetune heads losses model modes monitor network optimise tokens trunk".split()
 
 
 def fit_scgpt(
@@ -116,6 +118,7 @@ def _fit(
         dropout=options.dropout,
         report=report,
     )
+    trunk.network.to(best_device())
     if options.values != "checkpoint":
         trunk = dataclasses.replace(trunk, token_settings={**trunk.token_settings, "values": options.values})
     if options.adapt == "mlm":
@@ -138,8 +141,9 @@ def _fit(
             model = build_model(trunk, options, len(classes))
         if options.mode != "frozen":
             stop = stops[m] if stops else 0
-            place = None if state is None else Path(state) / f"training-{m}.pt"
             key = _key(prepared, trunk, options, seed, m, stop, labels, sha256)
+            # Named by the key: what was tried before a kill is found again, and not trained anew.
+            place = None if state is None else Path(state) / f"training-{key[:16]}.pt"
             outcomes.append(
                 _train(
                     prepared,
@@ -204,7 +208,7 @@ def _train(
         )
         model.head.set_scale(torch.from_numpy(source.values[index]))
     elif model.start > 0:
-        source = run_lower(model.network, tokens, model.start, precision=options.precision)
+        source = run_lower(model.network, tokens, model.start, precision=options.precision, directory=cache)
     validation = None if stop else make_validation(prepared, model, options, seed)
     return train(
         model,
@@ -255,4 +259,7 @@ def _key(prepared, trunk: Trunk, options: Settings, seed, m, stop, labels, sha25
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(labels.tobytes())
+    here = Path(__file__)
+    for name in _CODE:
+        digest.update(here.with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()

@@ -33,7 +33,7 @@ class _Live:
             logits = self._model.head.classify(
                 torch.from_numpy(embeddings).to(self._model.head.centre.device)
             )
-            return logits.double().log_softmax(dim=1).cpu().numpy()
+            return logits.cpu().double().log_softmax(dim=1).numpy()
 
 
 def make_validation(prepared: Prepared, model: Model, options: Settings, seed: int) -> Validation:

@@ -109,7 +109,7 @@ def _frozen_unchanged(model: Model, original: ScGPT, original_sha256: str) -> in
         raise ProofFailed("expected the weights that training started from to be as they were, they changed")
     trained = {name.removeprefix("network.") for name in trainable(model)}
     weights = original.state_dict()
-    unchanged = 0
+    unchanged = set()
     for name, tensor in model.network.state_dict().items():
         # peft renames the weight that an adapter stands around.
         own = name.replace(".base_layer.", ".")
@@ -117,5 +117,9 @@ def _frozen_unchanged(model: Model, original: ScGPT, original_sha256: str) -> in
             continue
         if not torch.equal(tensor.cpu(), weights[own].cpu()):
             raise ProofFailed(f"expected the frozen {own} to be as it was, it changed")
-        unchanged += 1
-    return unchanged
+        unchanged.add(own)
+    if lost := sorted(set(weights) - trained - unchanged):
+        raise ProofFailed(
+            f"expected the network to have its frozen tensors still, {', '.join(lost[:5])} are gone"
+        )
+    return len(unchanged)

@@ -15,7 +15,7 @@ from .adapters import add_lora, freeze, trainable, unfreeze, unfreeze_last
 from .atomic import replacing
 from .embeddings import cached_embed
 from .heads import Head
-from .model import Model
+from .model import Model, best_device
 from .network import ScGPT, Shape, embed
 from .prepare import Cells, Context
 from .settings import Settings, read_settings
@@ -100,7 +100,8 @@ class ScGPTEncoder:
             self.members, np.split(np.asarray(embeddings), len(self.members), axis=1), strict=True
         ):
             with torch.inference_mode():
-                logits = member.eval().head.classify(torch.from_numpy(np.ascontiguousarray(part, np.float32)))
+                part = torch.from_numpy(np.ascontiguousarray(part, np.float32))
+                logits = member.eval().head.classify(part.to(member.head.centre.device)).cpu()
             found.append(log_softmax(logits.double().numpy(), axis=1))
         return logsumexp(found, axis=0) - np.log(len(found))
 
@@ -162,7 +163,8 @@ def build_model(trunk: Trunk, options: Settings, n_classes: int) -> Model:
             loss=options.loss,
             temperature=options.temperature,
         )
-    return Model(network, head, pooling=options.pooling, normalise=options.normalise, start=start)
+    model = Model(network, head, pooling=options.pooling, normalise=options.normalise, start=start)
+    return model.to(network.encoder.embedding.weight.device)
 
 
 def load_scgpt(directory: str | os.PathLike, *, cache: Path | None = None) -> ScGPTEncoder:
@@ -178,6 +180,7 @@ def load_scgpt(directory: str | os.PathLike, *, cache: Path | None = None) -> Sc
     options = read_settings(saved["options"])
     network = ScGPT(Shape(**saved["shape"])).eval()
     network.load_state_dict(load_file(directory / "network.safetensors"))
+    network.to(best_device())
     trunk = Trunk(
         network,
         Vocabulary(tuple(saved["vocabulary"]), str(directory)),
@@ -216,7 +219,8 @@ def _retrieval(member: Model, cells: np.ndarray) -> np.ndarray:
         lengths = np.linalg.norm(cells, axis=1, keepdims=True) if member.normalise else 1.0
         return (cells / lengths).astype(np.float32)
     with torch.inference_mode():
-        return member.eval().head(torch.from_numpy(cells), normalise=member.normalise)[0].numpy()
+        cells = torch.from_numpy(cells).to(member.head.centre.device)
+        return member.eval().head(cells, normalise=member.normalise)[0].cpu().numpy()
 
 
 def _own_tensors(model: Model) -> dict[str, torch.Tensor]:

@@ -17,7 +17,8 @@ CHOICES = {
     "sampler": ("random", "balanced"),
     "precision": ("float32", "bfloat16"),
 }
-# Inclusive limits of numbers; None: no limit.
+LORA_TARGETS = ("Wqkv", "out_proj", "linear1", "linear2")
+# Inclusive limits of numbers. A temperature below 0.01 is cut there by the head, and would never get a gradient.
 LIMITS = {
     "last_layers": (1, 3),
     "rank": (1, 256),
@@ -29,7 +30,7 @@ LIMITS = {
     "head_dropout": (0, 0.9),
     "dropout": (0, 0.9),
     "label_smoothing": (0, 0.9),
-    "temperature": (1e-3, 10),
+    "temperature": (0.02, 10),
     "batch_size": (4, 65536),
     "cells_per_condition": (2, 64),
     "accumulate": (1, 1024),
@@ -122,7 +123,7 @@ class Settings:
     normalise: bool = False
     dropout: float = 0.1
     last_layers: int = 2
-    lora_targets: tuple[str, ...] = ("Wqkv", "out_proj", "linear1", "linear2")
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     lora_layers: tuple[int, ...] = ()
     rank: int = 16
     alpha: float = 32.0
@@ -183,6 +184,10 @@ def _checked(name: str, value, default):
         kind = int if name == "lora_layers" else str
         if not isinstance(value, list | tuple) or any(type(part) is not kind for part in value):
             raise ValueError(f"{name}: expected a list of {kind.__name__}, got {value!r}")
+        if name == "lora_targets" and (
+            not value or not set(value) <= set(LORA_TARGETS) or len(set(value)) < len(value)
+        ):
+            raise ValueError(f"{name}: expected some of {', '.join(LORA_TARGETS)}, each once, got {value!r}")
         return tuple(value)
     if isinstance(default, bool | str):
         if not isinstance(value, type(default)):

@@ -42,3 +42,20 @@ def small_adata():
         return anndata.AnnData(x, obs, pd.DataFrame(var or {}, index=genes), layers=layers, obsm=obsm)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_prepared():
+    """Masked cells of a tiny simulated screen."""
+    import toy
+
+    return toy.tiny_prepared()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_prepared, tmp_path_factory) -> Path:
+    """Directory of a checkpoint of random weights whose vocabulary has all but one gene of the tiny screen."""
+    import toy
+
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return toy.write_tiny_checkpoint(directory, tiny_prepared.cells.genes[1:])

@@ -66,3 +66,80 @@ class ToyEncoder:
 def from_obsm(key: str = "x"):
     """An embedding that is stored with the cells."""
     return lambda cells: cells.obsm[key]
+
+
+def tiny_prepared(*, mask: str = "all_targets", cells_per_condition: int = 36, seed: int = 0) -> Prepared:
+    """Masked cells of a simulated screen: 5 conditions, 24 genes, effects that even a tiny network learns."""
+    from perturbret.prepare import prepare
+    from perturbret.simulate import simulate_screen
+    from perturbret.splits import make_split
+
+    screen = simulate_screen(
+        n_singles=4,
+        n_doubles=1,
+        n_genes=24,
+        cells_per_condition=cells_per_condition,
+        n_control=10,
+        n_batches=1,
+        effect=3.0,
+        unresponsive=0.0,
+        measured_targets=0.5,
+        seed=seed,
+    )
+    return prepare(screen, make_split(screen.obs, track="in_dist", seed=0), mask=mask)
+
+
+def write_tiny_checkpoint(directory, genes, *, seed: int = 0, n_layers: int = 2):
+    """A checkpoint of random weights in the official layout: some genes and the special tokens, d = 16."""
+    import torch
+
+    from perturbret.checkpoint import save_checkpoint
+    from perturbret.network import ScGPT, Shape
+    from perturbret.vocabulary import PAD, SPECIALS, Vocabulary
+
+    vocabulary = Vocabulary((*sorted(map(str, genes)), *SPECIALS), "toy")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ScGPT(Shape(len(vocabulary), 16, 2, 16, n_layers, 0.1, vocabulary.ids[PAD]))
+        for weight in network.parameters():
+            # Larger than torch makes them, so that cells of random networks differ by more than rounding.
+            weight.data.add_(torch.empty_like(weight).uniform_(-0.3, 0.3))
+    save_checkpoint(
+        directory, network, vocabulary, {"n_bins": 51, "max_seq_len": 1200, "input_style": "binned"}
+    )
+    return directory
+
+
+def tiny_tokens(n_cells: int = 32, *, seed: int = 0):
+    """Sequences of 3 to 8 random tokens of a vocabulary of 20 genes and 3 special tokens."""
+    from perturbret.tokens import Tokens
+
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 9, n_cells)
+    genes = np.concatenate([[21, *rng.permutation(20)[: n - 1]] for n in lengths])
+    values = np.concatenate([[-2, *rng.integers(1, 50, n - 1)] for n in lengths])
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    return Tokens(genes.astype(np.int32), values.astype(np.float32), indptr, 23, 20, -2)
+
+
+def tiny_model(
+    loss: str, *, layers=(), start: int | None = 0, n_classes: int = 4, dropout=0.0, head_dropout=0.0
+):
+    """A network for `tiny_tokens` with adapters that have an effect, and a head; always the same weights."""
+    import torch
+
+    from perturbret.adapters import add_lora, freeze, trainable
+    from perturbret.heads import Head
+    from perturbret.model import Model
+    from perturbret.network import ScGPT, Shape
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ScGPT(Shape(23, 16, 2, 16, 2, dropout, 20))
+        freeze(network)
+        add_lora(network, targets=["Wqkv", "linear2"], layers=layers, rank=2, alpha=4.0, dropout=0.0)
+        for name, weight in trainable(network).items():
+            if "lora_B" in name:
+                torch.nn.init.uniform_(weight, -0.3, 0.3)
+        head = Head(16, n_classes, depth=1, width=8, dim=6, dropout=head_dropout, loss=loss, temperature=0.2)
+    return Model(network, head, pooling="cls", normalise=False, start=start)

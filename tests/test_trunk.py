@@ -1,0 +1,93 @@
+"""A trunk is its checkpoint cut to a panel: the same embeddings from fewer tokens."""
+
+import numpy as np
+import pytest
+
+from perturbret.checkpoint import load_checkpoint
+from perturbret.network import embed, fingerprint
+from perturbret.tokens import tokenize
+from perturbret.trunk import make_trunk, restrict
+from perturbret.vocabulary import PAD, SPECIALS, Vocabulary, map_genes
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def panel(tiny_prepared):
+    """Half of the genes, in another order; the first has no token."""
+    cells = tiny_prepared.cells
+    order = np.concatenate([[0], np.random.default_rng(0).permutation(np.arange(1, 24))[:11]])
+    return type(cells)(cells.counts[:, order].tocsr(), cells.totals, cells.genes[order], cells.names)
+
+
+def trunk_of(panel, checkpoint, init="pretrained", seed=0, dropout=None):
+    return make_trunk(panel.genes, checkpoint=checkpoint, init=init, seed=seed, dropout=dropout, report=quiet)
+
+
+def test_embeds_as_the_whole_checkpoint_does(panel, tiny_checkpoint):
+    whole = load_checkpoint(tiny_checkpoint, report=quiet)
+    mapped = map_genes(panel.genes, whole.vocabulary)
+    tokens = tokenize(panel, mapped.token_ids, whole.vocabulary, **whole.token_settings)
+    expected = embed(whole.network, tokens, normalise=False)
+    trunk = trunk_of(panel, tiny_checkpoint)
+    tokens = tokenize(panel, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
+    np.testing.assert_allclose(embed(trunk.network, tokens, normalise=False), expected, atol=1e-5)
+    assert expected.std(axis=0).max() > 1e-2
+    assert len(trunk.vocabulary) == 11 + len(SPECIALS) < len(whole.vocabulary)
+    assert trunk.network.shape.pad_id == trunk.vocabulary.ids[PAD]
+
+
+def test_tokens_are_those_of_the_genes(panel, tiny_checkpoint):
+    trunk = trunk_of(panel, tiny_checkpoint)
+    assert trunk.token_ids[0] == -1
+    assert [trunk.vocabulary.tokens[i] for i in trunk.token_ids[1:]] == list(panel.genes[1:])
+
+
+def test_origin_says_where_it_came_from(panel, tiny_checkpoint):
+    trunk = trunk_of(panel, tiny_checkpoint)
+    whole = load_checkpoint(tiny_checkpoint, report=quiet)
+    assert trunk.origin["checkpoint_sha256"] == fingerprint(whole.network)
+    assert trunk.origin["init"] == "pretrained" and trunk.origin["genes_without_token"] == 1
+    assert trunk.origin["account"].startswith("loaded 33 tensors")
+
+
+def test_random_has_the_shape_and_none_of_the_weights(panel, tiny_checkpoint):
+    pretrained, random = trunk_of(panel, tiny_checkpoint), trunk_of(panel, tiny_checkpoint, "random")
+    assert random.network.shape == pretrained.network.shape
+    assert fingerprint(trunk_of(panel, tiny_checkpoint, "random").network) == fingerprint(random.network)
+    assert fingerprint(trunk_of(panel, tiny_checkpoint, "random", 1).network) != fingerprint(random.network)
+    theirs = dict(pretrained.network.named_parameters())
+    for name, weight in random.network.named_parameters():
+        assert (weight != theirs[name]).any(), name
+
+
+def test_dropout_is_the_checkpoints_or_as_given(panel, tiny_checkpoint):
+    assert trunk_of(panel, tiny_checkpoint).network.shape.dropout == 0.1
+    assert (
+        trunk_of(panel, tiny_checkpoint, dropout=0.0).network.transformer_encoder["layers"][0].dropout.p == 0
+    )
+
+
+def test_a_run_keeps_the_global_random_numbers(panel, tiny_checkpoint):
+    import torch
+
+    before = torch.get_rng_state()
+    trunk_of(panel, tiny_checkpoint, "random")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_restrict():
+    vocabulary = Vocabulary(("b", "<pad>", "a", "<cls>", "c", "<eoc>"), "toy")
+    kept, rows = restrict(vocabulary, np.array([4, -1, 0]))
+    assert kept.tokens == ("b", "<pad>", "<cls>", "c", "<eoc>")
+    np.testing.assert_array_equal(rows, [0, 1, 3, 4, 5])
+
+
+def test_errors(panel, tiny_checkpoint):
+    with pytest.raises(ValueError, match="init: expected one of pretrained, random, got 'zeros'"):
+        trunk_of(panel, tiny_checkpoint, "zeros")
+    strange = type(panel)(panel.counts, panel.totals, np.array([f"X{i}" for i in range(12)]), panel.names)
+    with pytest.raises(ValueError, match="genes: expected some that the vocabulary.*none of 12 .first: 'X0'"):
+        trunk_of(strange, tiny_checkpoint)
