@@ -14,8 +14,7 @@ import pandas as pd
 from .atomic import write_json
 
 SCHEMA = "perturbret.cross_dataset_hvg_info"
-SCHEMA_VERSION = 1
-SPACE_FILE = "cross_dataset_hvg_info.json"
+SCHEMA_VERSION, SPACE_FILE = 1, "cross_dataset_hvg_info.json"
 _SHOWN = 5
 
 

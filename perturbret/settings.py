@@ -47,9 +47,10 @@ LIMITS = {
 }
 
 
-# What a mode needs otherwise than others: adapters start at no effect and take larger steps, a head alone is cheap.
+# What a mode needs otherwise than adapters do: these start at no effect and take larger steps; a head alone is cheap.
 MODE_DEFAULTS = {
-    "lora_head": {"lr_backbone": 4e-3},
+    "last_n": {"lr_backbone": 1e-3},
+    "full": {"lr_backbone": 1e-3},
     "head": {"epochs": 60, "patience": 15, "lr_head": 2e-3},
 }
 
@@ -141,7 +142,7 @@ class Settings:
     accumulate: int = 1
     epochs: int = 12
     patience: int = 6
-    lr_backbone: float = 1e-3
+    lr_backbone: float = 4e-3
     lr_head: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05

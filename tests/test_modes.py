@@ -16,6 +16,9 @@ from perturbret.tokens import tokenize
 from perturbret.validation import best_readout
 
 TINY = {
+    "head_depth": 1,
+    "pooling": "cls",
+    "dropout": 0.0,
     "batch_size": 16,
     "epochs": 3,
     "head_dim": 8,

@@ -33,7 +33,7 @@ def make(tiny_prepared, tiny_checkpoint):
     """Maker of an encoder whose trained tensors are random."""
 
     def of(given, *, cache=None, seed=0):
-        options = read_settings({"head_dim": 6, "head_width": 8, **given})
+        options = read_settings({"head_dim": 6, "head_width": 8, "head_depth": 1, **given})
         trunk = make_trunk(
             tiny_prepared.cells.genes,
             checkpoint=tiny_checkpoint,

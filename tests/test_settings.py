@@ -73,7 +73,7 @@ def test_whole_numbers_stay_whole_and_others_become_floats():
     ("given", "said"),
     [
         ({"ranks": 4}, "settings: expected some of mode, .*, got 'ranks'"),
-        ({"mode": "lora"}, "mode: expected one of frozen, head, lora_head, last_n, got 'lora'"),
+        ({"mode": "lora"}, "mode: expected one of frozen, head, lora_head, last_n, full, got 'lora'"),
         ({"normalise": 1}, "normalise: expected bool, got 1"),
         ({"checkpoint": 3}, "checkpoint: expected str, got 3"),
         ({"lora_targets": "Wqkv"}, "lora_targets: expected a list of str, got 'Wqkv'"),
