@@ -140,7 +140,7 @@ class Settings:
     batch_size: int = 64
     cells_per_condition: int = 4
     accumulate: int = 1
-    epochs: int = 12
+    epochs: int = 16
     patience: int = 6
     lr_backbone: float = 4e-3
     lr_head: float = 1e-3

@@ -28,7 +28,7 @@ TINY = {
     "lr_head": 0.02,
     "lr_backbone": 0.01,
 }
-NETWORK = ("lora_head", "last_n")
+NETWORK = ("lora_head", "last_n", "full")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ MODES = {
     "lora_head": {"mode": "lora_head", "rank": 2, "normalise": True},
     "lora above": {"mode": "lora_head", "rank": 2, "lora_layers": [1], "lora_targets": ["out_proj"]},
     "members": {"mode": "lora_head", "rank": 2, "members": 2, "loss": "contrastive"},
+    "full": {"mode": "full"},
     "heads": {"mode": "head", "members": 2, "head_depth": 0},
     "last_n": {"mode": "last_n", "last_layers": 1},
 }
