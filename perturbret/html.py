@@ -174,6 +174,7 @@ def _exporter(fold_code: bool):
     from nbconvert.exporters.html import HTMLExporter
     from nbconvert.exporters.templateexporter import TemplateExporter
     from nbconvert.filters import Highlight2HTML
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     class Exporter(HTMLExporter):
         """HTMLExporter without its pass of a slow parser over the whole page, which would add alt texts."""
@@ -187,6 +188,7 @@ def _exporter(fold_code: bool):
         template_name="perturbret",
         exclude_anchor_links=True,
         embed_images=True,
+        preprocessors=[CoalesceStreamsPreprocessor],  # papermill keeps every printed line apart
     )
 
 

@@ -87,6 +87,7 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
     return fit_scgpt(
         prepared,
         **options,
+        report=print if name == "encoder" else lambda line: print(f"null twin: {line}"),
         settings=run.params.get("settings"),
         cache=cache_directory(run),
         state=_state(run, name),
