@@ -1,14 +1,15 @@
 """Compare finished runs: read-outs, baseline, differences, and whether the null control holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .contenders import CEILING, best_baseline
 from .masking import UNSAFE
-from .runs import read_manifest
+from .runs import TUNED, read_manifest
 from .stats import cluster_bootstrap, holm, paired_permutation_p
 
 METRICS = (
@@ -22,7 +23,6 @@ SCORINGS = ("cosine", "classifier", "whitened", "classifier_corrected")
 # conditions equally likely), so that a choice between it and `classifier` by micro hits would be noise.
 VARIANT = "classifier_corrected"
 LIBRARIES = ("none", "mean", "bootstrap", "raw_cell")
-CEILING = "bayes_ceiling"
 LEAK_FREE = "all_targets"
 
 
@@ -61,7 +61,11 @@ class Finished:
 
 
 def collect(
-    directory: Path, expected: list[str] | None = None, *, fingerprint: str = "", code: str = ""
+    directory: Path,
+    expected: list[str] | None = None,
+    *,
+    fingerprint: str = "",
+    code: Callable[[dict], str] | None = None,
 ) -> tuple[list[Finished], list[str]]:
     """Find the finished runs of a dataset.
 
@@ -71,8 +75,10 @@ def collect(
         outputs/<dataset>/
     expected : list of str, optional
         Names of the runs to use; runs of other names are left out. All that are there when not given.
-    fingerprint, code : str, optional
-        Runs that were made with other data or other fitting code are not finished.
+    fingerprint : str, optional
+        Runs that were made with other data are not finished.
+    code : callable, optional
+        Parameters of a run -> hash of the code that would fit it today; runs fitted by other code are not finished.
 
     Returns
     -------
@@ -86,7 +92,8 @@ def collect(
         manifest = read_manifest(Path(directory) / name)
         evaluation = manifest.get("evaluation")
         fit = manifest.get("fit", {"context": {}})
-        current = fingerprint in ("", fit["context"].get("fingerprint")) and code in ("", fit.get("code"))
+        current = fingerprint in ("", fit["context"].get("fingerprint"))
+        current = current and (not evaluation or code is None or code(fit["params"]) == fit["code"])
         if evaluation and current and evaluation["encoder_sha256"] == fit["encoder_sha256"]:
             finished.append(Finished(Path(directory) / name, manifest))
         else:
@@ -129,6 +136,10 @@ def choose_readouts(runs: list[Finished]) -> pd.DataFrame:
     chosen["primary"] = chosen.index.isin(leading.index)
     unmasked = {run.method for run in runs if run.params["encoder"].startswith("obsm:")}
     chosen["unmasked"] = chosen["encoder"].isin(unmasked)
+    tuned = {run.method: run.manifest["fit"]["chosen"] for run in runs if run.params["encoder"] == TUNED}
+    chosen["tuned"] = chosen["encoder"].isin(tuned)
+    for name in ("mode", "init", "members"):
+        chosen[name] = [tuned[method][name] if method in tuned else "" for method in chosen["encoder"]]
     return chosen.drop(columns="preference").reset_index(drop=True)
 
 
@@ -154,19 +165,6 @@ def chosen_scores(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
         tables.append(scores.merge(readouts[[*keys, "primary"]], on=keys))
     scores = pd.concat(tables, ignore_index=True)
     return scores.sort_values(["encoder", "mask", "scoring", "query_size", "pooling", "seed", "query_id"])
-
-
-def best_baseline(readouts: pd.DataFrame, mask: str, without: str = "") -> str:
-    """Name of the encoder with the best primary read-out on validation under `mask`.
-
-    The ceiling is no method, and an embedding that was computed before masking (`unmasked`) stands for no mask
-    but `none`.
-    """
-    rows = readouts[readouts["primary"] & (readouts["mask"] == mask)]
-    rows = rows[~rows["encoder"].isin([CEILING, without]) & ~(rows["unmasked"] & (mask != "none"))]
-    if rows.empty:
-        raise ValueError(f"mask: expected at least one finished run under {mask!r}, found none")
-    return rows.sort_values(["validation", "encoder"], ascending=[False, True])["encoder"].iloc[0]
 
 
 def comparison(

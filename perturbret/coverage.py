@@ -11,8 +11,8 @@ from .genes import SymbolResolver
 from .masking import target_columns
 from .runs import write_table
 from .screen import Screen
-from .sentences import from_to, percent
 from .vocabulary import LINKS, GeneTokens, Vocabulary, map_genes
+from .wording import from_to, percent
 
 # Below this share after mapping, by genes or by UMIs, the page warns.
 WARN_BELOW = 0.95

@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .compare import CEILING, LEAK_FREE
+from .compare import LEAK_FREE
+from .contenders import CEILING
 
 MASK_COLOURS = {"all_targets": "#1b6ca8", "none": "#8a8a8a", "own_targets": "#c1440e"}
 MASK_NAMES = {"all_targets": "all_targets (leak-free)", "none": "none", "own_targets": "own_targets (unsafe)"}
@@ -101,6 +102,30 @@ def masking_effect(table: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
         axis.grid(axis="x", alpha=0.25)
         axis.set_ylim(-0.6, len(order) - 0.4)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def paired_differences(table: pd.DataFrame, metric: str = "exact_hit@1") -> Figure:
+    """Differences with 95% intervals, one panel per question; see `perturbret.adaptation.adaptation`."""
+    titles = {
+        "baseline": "against the best simple opponent",
+        "adapting": "adapted against frozen",
+        "pretraining": "pretrained against random",
+    }
+    questions = [question for question in titles if question in set(table["question"])]
+    tallest = table["question"].value_counts().max()
+    figure, axes = new_figure(4.2 * len(questions), 1.1 + 0.26 * tallest, columns=len(questions))
+    for axis, question in zip(axes, questions, strict=True):
+        part = table[table["question"] == question].sort_values(metric)
+        for y, (value, low, high) in enumerate(
+            part[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float)
+        ):
+            axis.plot([low, high], [y, y], color=MASK_COLOURS[LEAK_FREE], lw=2, alpha=0.6)
+            axis.plot(value, y, "o", color=MASK_COLOURS[LEAK_FREE], ms=6)
+        axis.axvline(0, color="#555", lw=1, ls=":")
+        axis.set_yticks(range(len(part)), part["method"])
+        axis.set(title=titles[question], xlabel=f"difference of {metric}", ylim=(-0.7, tallest - 0.3))
+        axis.grid(axis="x", alpha=0.25)
     return figure
 
 

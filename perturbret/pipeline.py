@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,12 @@ from .nulls import permute_conditions
 from .prepare import Prepared, prepare
 from .pretrained import find_checkpoint
 from .provenance import code_hash, directory_hash, environment
-from .runs import Run, open_run, outputs_root, write_table
+from .runs import TUNED, Run, open_run, outputs_root, write_table
 from .screen import Screen
 from .settings import Settings
 
 # What a fitted encoder depends on, with all that these import: a change of their code makes an encoder stale.
 FIT_MODULES = ("datasets", "splits", "prepare", "evaluate")
-TUNED = "scgpt"  # the encoder that perturbret.modes fits; all others are opponents
 
 
 def fit_run(run: Run) -> pd.DataFrame:
@@ -38,9 +38,7 @@ def fit_run(run: Run) -> pd.DataFrame:
     pandas.DataFrame
         The hyperparameter settings tried, with validation exact_hit@1 and the choice.
     """
-    code = code_hash(*FIT_MODULES, "modes" if run.params["encoder"] == TUNED else "baselines")
-    if run.params["encoder"] == TUNED:  # other weights under the same name are another start
-        code += "-" + directory_hash(find_checkpoint(_checkpoint(run)))[:16]
+    code = fit_code(run.params)
     made = run.manifest.get("fit")
     same = made and made["params"] == run.params and made["context"] == asdict(run.prepared.context)
     if same and made["code"] == code and _intact(run.directory, made):
@@ -94,8 +92,18 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
     )
 
 
-def _checkpoint(run: Run) -> str:
-    return (run.params.get("settings") or {}).get("checkpoint", Settings().checkpoint)
+def fit_code(params: dict) -> str:
+    """A hash of what a fit with these parameters is made by: today's code and, for a network, where it starts."""
+    if params["encoder"] != TUNED:
+        return _code("baselines")
+    checkpoint = (params.get("settings") or {}).get("checkpoint", Settings().checkpoint)
+    # Other weights under the same name are another start.
+    return f"{_code('modes')}-{directory_hash(find_checkpoint(checkpoint))[:16]}"
+
+
+@cache
+def _code(module: str) -> str:
+    return code_hash(*FIT_MODULES, module)
 
 
 def _state(run: Run, name: str) -> Path:

@@ -17,8 +17,7 @@ from .compare import (
     null_verdicts,
 )
 from .masking import UNSAFE
-from .pipeline import FIT_MODULES
-from .provenance import code_hash
+from .pipeline import fit_code
 from .runs import outputs_root, write_table
 from .screen import Screen
 
@@ -91,8 +90,7 @@ def build_report(
         No finished run under the leak-free mask.
     """
     root = outputs_root(outputs) / screen.name
-    code = code_hash(*FIT_MODULES)
-    finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=code)
+    finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=fit_code)
     finished = [run for run in finished if run.name not in (failed or [])]
     missing = sorted({*missing, *(failed or [])})
     if not any(run.params["mask"] == LEAK_FREE for run in finished):

@@ -12,6 +12,8 @@ from .prepare import Prepared, prepare
 from .screen import Screen
 from .splits import Split, get_split
 
+TUNED = "scgpt"  # the encoder that perturbret.modes fits; all others are opponents
+
 
 class RunExists(ValueError):
     """A run of that name was made with other parameters."""

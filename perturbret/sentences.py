@@ -2,12 +2,15 @@
 
 import pandas as pd
 
-from .compare import CEILING, LEAK_FREE, best_baseline
+from .adaptation import tuned_lines
+from .compare import LEAK_FREE
 from .conditions import CTRL
+from .contenders import CEILING, best_baseline, best_method
 from .masking import UNSAFE
 from .metrics import coverage_area
 from .report import Report, validity
 from .runs import Run
+from .wording import bullets, percent, span
 
 MASK_MEANING = {
     "none": "nothing is masked: a measured target may give its condition away",
@@ -28,7 +31,7 @@ def setting(run: Run) -> str:
         f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls.",
         f"**Candidates `train`**: the {len(prepared.candidates)} conditions seen in training.",
     ]
-    return _bullets(lines)
+    return bullets(lines)
 
 
 def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) -> str:
@@ -41,10 +44,10 @@ def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) 
     lines = [
         f"Settings chosen on validation: {settings}.",
         f"Best read-out there: {_named(library, scoring)}, exact_hit@1 **{percent(row.estimate)}** "
-        f"{_span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
+        f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
         f"The encoder and its null twin are saved in `{run.directory.name}/`; notebook 05 judges them on query cells.",
     ]
-    return _bullets(lines)
+    return bullets(lines)
 
 
 def evaluation_summary(
@@ -56,7 +59,7 @@ def evaluation_summary(
     macro = _one(single, library, scoring, "exact_hit@1", "macro")
     lines = [
         f"Single cells, {_named(library, scoring)}: the true condition is first for **{percent(row.estimate)}** "
-        f"{_span(row.ci_low, row.ci_high)} (macro {percent(macro.estimate)}); chance {percent(row.chance)}."
+        f"{span(row.ci_low, row.ci_high)} (macro {percent(macro.estimate)}); chance {percent(row.chance)}."
     ]
     pooled = summary.query("metric == 'exact_hit@1' and average == 'micro' and query_size > 1")
     pooled = pooled[(pooled["library"] == library) & (pooled["scoring"] == scoring)]
@@ -65,19 +68,19 @@ def evaluation_summary(
         top = pooled.sort_values("query_size").iloc[-1]
         lines.append(
             f"Pools of {top.query_size} cells, {top.pooling} pooled: {percent(top.estimate)} "
-            f"{_span(top.ci_low, top.ci_high)} over {top.n_conditions} conditions."
+            f"{span(top.ci_low, top.ci_high)} over {top.n_conditions} conditions."
         )
     control = null[(null["library"] == library) & (null["scoring"] == scoring)].iloc[0]
     state = "above luck" if control.p_value < 0.01 else "in line with luck"
     lines.append(
-        f"Null control: shuffled labels reach {percent(control.estimate)} {_span(control.ci_low, control.ci_high)}, "
+        f"Null control: shuffled labels reach {percent(control.estimate)} {span(control.ci_low, control.ci_high)}, "
         f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}."
     )
     if run.params["mask"] in UNSAFE:
         lines.append(
             f"**`{run.params['mask']}` is unsafe**: this page shows the leak; its hit rates are no evidence."
         )
-    return _bullets(lines)
+    return bullets(lines)
 
 
 def confidence(margin: pd.Series, hit: pd.Series) -> str:
@@ -92,7 +95,7 @@ def confidence(margin: pd.Series, hit: pd.Series) -> str:
 
 def best_encoder(report: Report) -> str:
     """The encoder that validation puts first under the leak-free mask."""
-    return best_baseline(report.readouts, LEAK_FREE)
+    return best_method(report.readouts, LEAK_FREE)
 
 
 def conclusion(report: Report, conditions: pd.DataFrame) -> str:
@@ -112,22 +115,25 @@ def conclusion(report: Report, conditions: pd.DataFrame) -> str:
         f"{percent(report.chance['exact_hit@5'])}."
     )
     others = report.single()
-    others = others[(others["encoder"] != CEILING) & (others["encoder"] != best)]
+    others = others[(others["encoder"] != CEILING) & (others["encoder"] != row.baseline)]
     proven = (others["p_holm"] < 0.05) & ((others["diff_high"] < 0) | (others["diff_low"] > 0))
     for text, chosen in (
-        (f"Clearly behind {best} (Holm-adjusted p < 0.05)", proven & (others["difference"] < 0)),
         (
-            f"Clearly ahead of {best} on query cells, though behind it on validation",
+            f"Clearly behind the baseline {row.baseline} (Holm-adjusted p < 0.05)",
+            proven & (others["difference"] < 0),
+        ),
+        (
+            f"Clearly ahead of {row.baseline} on query cells",
             proven & (others["difference"] > 0),
         ),
-        (f"Not told apart from {best} by these cells", ~proven),
+        (f"Not told apart from {row.baseline} by these cells", ~proven),
     ):
         if chosen.any():
             lines.append(f"{text}: {', '.join(others.loc[chosen, 'encoder'])}.")
     n = int(row.n_conditions)
     if len(others) * 2 / 2**n >= 0.05:
         lines.append(f"{n} conditions are too few for the paired test to prove any difference.")
-    return _bullets(lines)
+    return bullets(lines)
 
 
 def _pooling_lines(report: Report, best: str) -> list[str]:
@@ -150,26 +156,8 @@ def _pooling_lines(report: Report, best: str) -> list[str]:
 def headline(report: Report) -> str:
     """The answer, in Markdown: best method, its lead, what masking changes, whether the null control holds."""
     lines = [_best_line(report), *_lead_lines(report), *_ceiling_lines(report), *_mask_lines(report)]
-    lines += [*_null_lines(report), *_missing_lines(report)]
-    return _bullets(lines)
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def percent(value: float, signed: bool = False) -> str:
-    """0.1234 -> 12.3%"""
-    return f"{100 * value:+.1f}%" if signed else f"{100 * value:.1f}%"
-
-
-def from_to(before: float, after: float) -> str:
-    """`91.7% → 95.0%`; a dash where there is nothing to take a share of."""
-    return "–" if pd.isna(before) else f"{percent(before)} → {percent(after)}"
-
-
-def _span(low: float, high: float, signed: bool = False) -> str:
-    return f"[{percent(low, signed)}, {percent(high, signed)}]"
+    lines += [*tuned_lines(report), *_null_lines(report), *_missing_lines(report)]
+    return bullets(lines)
 
 
 def _best_line(report: Report) -> str:
@@ -182,7 +170,7 @@ def _best_line(report: Report) -> str:
     return (
         f"**Best method under the leak-free mask: {row.encoder}** (read-out: {_readout(row)}; chosen on validation "
         f"cells). It ranks the right condition first for **{percent(row.estimate)}** of single cells "
-        f"{_span(row.ci_low, row.ci_high)}, macro over conditions {percent(macro.estimate)}. "
+        f"{span(row.ci_low, row.ci_high)}, macro over conditions {percent(macro.estimate)}. "
         f"Chance is {percent(report.chance['exact_hit@1'])}, always naming the most common condition "
         f"{percent(report.prior)}. {row.n_seeds} {'seed' if row.n_seeds == 1 else 'seeds'}, "
         f"{row.n_queries:,} queries, {row.n_conditions} conditions.{invalid}"
@@ -190,21 +178,25 @@ def _best_line(report: Report) -> str:
 
 
 def _lead_lines(report: Report) -> list[str]:
+    """The best method against the best simple opponent, or, where that is it, against the next."""
     best = best_encoder(report)
+    row, sign = _row(report, best), 1
     try:
-        second = best_baseline(report.readouts, LEAK_FREE, without=best)
+        if row.baseline == best:
+            row, sign = _row(report, best_baseline(report.readouts, LEAK_FREE, without=best)), -1
     except ValueError:
         return []
-    row = _row(report, second)
-    low, high = -row.diff_high, -row.diff_low
-    p = f"Holm-adjusted p = {row.p_holm:.3g}"
+    other = _row(report, row.baseline) if sign == 1 else row
+    low, high = sorted((sign * row.diff_low, sign * row.diff_high))
     proven = row.p_holm < 0.05 and (low > 0 or high < 0)
     verdict = (
         ("a lead" if low > 0 else "the other is ahead on query cells") if proven else "not a proven lead"
     )
+    which = "best simple baseline" if sign == 1 else "best other baseline"
     return [
-        f"**Against the best other baseline** ({row.encoder}, {_readout(row)}, {percent(row.estimate)}): difference "
-        f"**{percent(-row.difference, True)}** {_span(low, high, True)} on the same queries, {p}: {verdict}."
+        f"**Against the {which}** ({other.encoder}, {_readout(other)}, {percent(other.estimate)}): difference "
+        f"**{percent(sign * row.difference, True)}** {span(low, high, True)} on the same queries, Holm-adjusted p = "
+        f"{row.p_holm:.3g}: {verdict}."
     ]
 
 
@@ -232,7 +224,7 @@ def _mask_lines(report: Report) -> list[str]:
         note = "; part of that is the leak below" if row.mask in UNSAFE and changes and leaks else ""
         lines.append(
             f"**Mask `{row.mask}` instead of `{LEAK_FREE}`** changes {row.encoder} by {percent(row.delta, True)} "
-            f"{_span(row.ci_low, row.ci_high, True)}: {'a change' if changes else 'no proven change'}{note}."
+            f"{span(row.ci_low, row.ci_high, True)}: {'a change' if changes else 'no proven change'}{note}."
         )
     return lines
 
@@ -251,7 +243,7 @@ def _null_lines(report: Report) -> list[str]:
         lines.append(
             f"**`own_targets` leaks the label** in {int(unsafe['not holding'].sum())} of {int(unsafe['runs'].sum())} "
             f"runs: with labels that mean nothing, {worst['encoder']} still reaches {percent(worst['estimate'])} "
-            f"{_span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])} (class prior "
+            f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])} (class prior "
             f"{percent(worst['class_prior'])}). Numbers under `own_targets` are not evidence."
             if unsafe["not holding"].any()
             else "`own_targets` shows no measurable leak here; it stays unsafe."

@@ -2,12 +2,13 @@
 
 import pandas as pd
 
-from .compare import CEILING, LEAK_FREE
+from .compare import LEAK_FREE
+from .contenders import CEILING
 from .figures import method_name
 from .gene_space import GeneSpace
 from .metrics import coverage_area
 from .report import Report, validity
-from .sentences import from_to
+from .wording import from_to
 
 
 def interval_table(summary: pd.DataFrame, metrics: list[str], *, rows: list[str]) -> pd.DataFrame:
@@ -101,6 +102,24 @@ def comparison_table(report: Report) -> pd.DataFrame:
         }
     )
     return table.set_index("method")
+
+
+def difference_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences with their intervals; see `perturbret.adaptation.adaptation`."""
+    return pd.DataFrame(
+        {
+            "method": table["method"],
+            "against": table["against"],
+            "question": table["question"],
+            **{
+                metric: [
+                    f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+                    for value, low, high in table[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float)
+                ]
+                for metric in ("exact_hit@1", "mrr")
+            },
+        }
+    )
 
 
 def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:

@@ -74,7 +74,7 @@ def proof_table(run: Run) -> pd.DataFrame:
 
 
 def gradient_table(run: Run) -> pd.DataFrame:
-    """Mean gradient norm of every trained tensor, a column per member."""
+    """Mean gradient norm of every trained tensor, a column per member; empty where nothing is trained."""
     checks = run.manifest["fit"]["checks"]
     norms = {name: found["gradient_norms"] for name, found in checks.items() if name.startswith("member")}
     table = pd.DataFrame(norms)

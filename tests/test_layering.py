@@ -32,8 +32,9 @@ LAYERS = {
         "scgpt settings spectrum tokens training trunk validation"
     ),
     "bookkeeping": (
-        "__main__ audit compare coverage execute figures grid html index parameters pipeline pretraining_report "
-        "pretraining_run progress provenance report runs sentences tables training_report workflow"
+        "__main__ adaptation audit compare contenders coverage execute figures grid html index parameters pipeline "
+        "pretraining_report pretraining_run progress provenance report runs sentences tables training_report wording "
+        "workflow"
     ),
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}

@@ -32,6 +32,7 @@ COVERED = {
     "papermill": ("tests/test_readme.py", "def test_notebook_runs_by_itself"),
     "source .venv/bin/activate": ("tests/test_environment.py", '"VIRTUAL_ENV": str(active)'),
 }
+SHORTER = {"04_finetune.ipynb": ("-y", "settings: {epochs: 1}")}
 # Paths that README names and that are not in git: results, and a reader's own files.
 NOT_IN_GIT = ("outputs/", "my_", ".venv", "out.ipynb")
 
@@ -93,19 +94,28 @@ def test_examples_of_a_screen_and_a_grid_can_be_used(tmp_path):
 
 
 def test_notebook_runs_by_itself(tmp_path):
-    (command,) = [line for line in commands() if line.startswith("papermill")]
-    assert "cd notebooks" in commands()
+    """Both commands, 04 shortened by a parameter: training for as long as README's runs in the notebook's own test."""
+    alone = [line for line in commands() if line.startswith("papermill")]
+    assert "cd notebooks" in commands() and len(alone) == 2
+    fit, tune = (run_alone(command, tmp_path) for command in alone)
+    (encoder,) = fit.glob("*/logreg-*-seed7/encoder")
+    assert (encoder / "weights.safetensors").exists()
+    (encoder,) = tune.glob("*/scgpt_lora_head-*-seed7/encoder")
+    assert (encoder / "member0.safetensors").exists()
+
+
+def run_alone(command, tmp_path):
+    """Run a papermill command in notebooks/; the outputs that it wrote to."""
     words = [str(tmp_path / word) if word == "out.ipynb" else word for word in shlex.split(command)[1:]]
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", *words],
+        [sys.executable, "-m", "papermill", *words, *SHORTER.get(words[0], ())],
         cwd=ROOT / "notebooks",
         env={**os.environ, "PERTURBRET_OUTPUTS": str(tmp_path / "outputs")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (encoder,) = (tmp_path / "outputs").glob("*/logreg-*-seed7/encoder")
-    assert (encoder / "weights.safetensors").exists()
+    return tmp_path / "outputs"
 
 
 def test_named_files_exist():

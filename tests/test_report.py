@@ -12,6 +12,7 @@ from perturbret.encoders import load_encoder
 from perturbret.pipeline import ensure_runs, evaluate_run, fit_run
 from perturbret.prepare import ContextMismatch
 from perturbret.simulate import simulate_screen
+from perturbret.wording import percent
 
 ENCODERS = ("prior", "pca", "logreg")
 SETTINGS = {
@@ -165,7 +166,7 @@ def test_headline_names_best_method_interval_masks_and_null_control(built):
     text = sentences.headline(built)
     best = built.single().set_index("encoder").loc[sentences.best_encoder(built)]
     assert f"**Best method under the leak-free mask: {best.name}**" in text
-    assert sentences.percent(best.estimate) in text and sentences.percent(best.ci_low) in text
+    assert percent(best.estimate) in text and percent(best.ci_low) in text
     assert "Mask `own_targets`" in text and "Null control" in text
 
 

@@ -1,0 +1,21 @@
+"""Numbers and lists as the pages write them."""
+
+import pandas as pd
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def percent(value: float, signed: bool = False) -> str:
+    """0.1234 -> 12.3%"""
+    return f"{100 * value:+.1f}%" if signed else f"{100 * value:.1f}%"
+
+
+def from_to(before: float, after: float) -> str:
+    """`91.7% → 95.0%`; a dash where there is nothing to take a share of."""
+    return "–" if pd.isna(before) else f"{percent(before)} → {percent(after)}"
+
+
+def span(low: float, high: float, signed: bool = False) -> str:
+    return f"[{percent(low, signed)}, {percent(high, signed)}]"
