@@ -40,7 +40,7 @@ def fit_run(run: Run) -> pd.DataFrame:
     """
     code = code_hash(*FIT_MODULES, "modes" if run.params["encoder"] == TUNED else "baselines")
     if run.params["encoder"] == TUNED:  # other weights under the same name are another start
-        code += "-" + directory_hash(find_checkpoint(_checkpoint(run)))[:16]
+        code += "".join(f"-{directory_hash(find_checkpoint(name))[:16]}" for name in _checkpoints(run))
     made = run.manifest.get("fit")
     same = made and made["params"] == run.params and made["context"] == asdict(run.prepared.context)
     if same and made["code"] == code and _intact(run.directory, made):
@@ -93,8 +93,12 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
     )
 
 
-def _checkpoint(run: Run) -> str:
-    return (run.params.get("settings") or {}).get("checkpoint", Settings().checkpoint)
+def _checkpoints(run: Run) -> list[str]:
+    """Those that the encoder may start from."""
+    searched = run.params["search"].get("checkpoint")
+    if isinstance(searched, list):
+        return searched
+    return [(run.params.get("settings") or {}).get("checkpoint", Settings().checkpoint)]
 
 
 def _state(run: Run, name: str) -> Path:
