@@ -32,7 +32,7 @@ def adapt_trunk(
     ----------
     trunk : Trunk
     cells : Cells
-        Training cells, masked as everywhere else; never query cells.
+        Training cells, masked as everywhere else; never query cells. Their order has no influence.
     steps : int
         Batches of 64 cells or more.
     learning_rate : float
@@ -44,6 +44,7 @@ def adapt_trunk(
     Trunk
         With `adapted` in its `origin`: steps, learning rate, cells, and held-out errors at the end.
     """
+    cells = cells.take(np.argsort(cells.names))
     tokens = tokenize(cells, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
     is_gene = np.ones(len(tokens.genes), bool)
     is_gene[tokens.indptr[:-1]] = False  # <cls>
@@ -71,7 +72,7 @@ def adapt_trunk(
     made = pretrain(
         [part], trunk.vocabulary, plan, seed=seed, start=trunk.network.state_dict(), report=report
     )
-    network = made.network
+    network = made.network.to(trunk.network.encoder.embedding.weight.device)
     for theirs, ours in zip(
         network.transformer_encoder["layers"], trunk.network.transformer_encoder["layers"], strict=True
     ):

@@ -85,7 +85,8 @@ def losses(network: ScGPT, decoders: Decoders, batch: Batch, *, pad_id: int) -> 
     -------
     dict
         `gene`: from the outputs at genes; `cell`: from the cell embedding, once that of `<cls>`, once the
-        mean over tokens, averaged; `absent`: the same of genes that the cell lacks, whose value is 0.
+        mean over tokens, averaged; `absent`: the same of genes that the cell lacks, whose value is 0. 0 where a
+        batch has none of these.
     """
     device = network.encoder.embedding.weight.device
     genes, values, hidden, absent = (
@@ -102,7 +103,12 @@ def losses(network: ScGPT, decoders: Decoders, batch: Batch, *, pad_id: int) -> 
     by_cell = [decoders.mvc_decoder(cell, present)[hidden] - values[hidden] for cell in cells]
     zeros = [decoders.mvc_decoder(cell, lacking)[is_absent] for cell in cells]
     return {
-        "gene": (decoders.decoder(outputs)[hidden] - values[hidden]).square().mean(),
-        "cell": torch.stack([error.square().mean() for error in by_cell]).mean(),
-        "absent": torch.stack([error.square().mean() for error in zeros]).mean(),
+        "gene": _mean_square(decoders.decoder(outputs)[hidden] - values[hidden]),
+        "cell": torch.stack([_mean_square(error) for error in by_cell]).mean(),
+        "absent": torch.stack([_mean_square(error) for error in zeros]).mean(),
     }
+
+
+def _mean_square(errors: Tensor) -> Tensor:
+    """0 where there are none: cells that have every gene lack none."""
+    return errors.square().mean() if errors.numel() else errors.sum()

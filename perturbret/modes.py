@@ -123,7 +123,7 @@ def _fit(
         trunk = dataclasses.replace(trunk, token_settings={**trunk.token_settings, "values": options.values})
     if options.adapt == "mlm":
         roles = np.isin(prepared.roles, ("train", UNLABELLED))
-        own = prepared.cells.take(by_name(prepared, np.flatnonzero(roles)))
+        own = prepared.cells.take(roles)
         trunk = adapt_trunk(
             trunk, own, steps=options.adapt_steps, learning_rate=options.lr_adapt, seed=seed, report=report
         )

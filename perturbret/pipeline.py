@@ -93,12 +93,14 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
 
 
 def fit_code(params: dict) -> str:
-    """A hash of what a fit with these parameters is made by: today's code and, for a network, where it starts."""
+    """A hash of what a fit with these parameters is made by: today's code and, for a network, where it may start."""
     if params["encoder"] != TUNED:
         return _code("baselines")
-    checkpoint = (params.get("settings") or {}).get("checkpoint", Settings().checkpoint)
+    checkpoints = params["search"].get("checkpoint")
+    if not isinstance(checkpoints, list):
+        checkpoints = [(params.get("settings") or {}).get("checkpoint", Settings().checkpoint)]
     # Other weights under the same name are another start.
-    return f"{_code('modes')}-{directory_hash(find_checkpoint(checkpoint))[:16]}"
+    return "-".join([_code("modes"), *(directory_hash(find_checkpoint(name))[:16] for name in checkpoints)])
 
 
 @cache

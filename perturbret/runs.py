@@ -118,6 +118,7 @@ def open_run(
         settings = made["params"].get("settings")
     if settings is not None:
         params["settings"] = settings
+    params = json.loads(json.dumps(params))  # as the manifest gives them back: a tuple is a list
     if made and not overwrite:
         asked = {**params, **asdict(prepared.context)}
         there = {**made["params"], **made["context"]}

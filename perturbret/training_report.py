@@ -42,9 +42,10 @@ def training_curves(history: pd.DataFrame, chance: float) -> Figure:
 
 def best_epoch(history: pd.DataFrame) -> pd.Series:
     """The row of one member's history whose weights were kept: most hits, then the lowest loss, then the first."""
-    return history.sort_values(
-        ["val_exact_hit@1", "val_loss", "epoch"], ascending=[False, True, True], kind="stable"
-    ).iloc[0]
+    # Hits rounded as training does, so that sums of hits in another order are equal.
+    rounded = history.assign(hits=history["val_exact_hit@1"].round(9))
+    order = rounded.sort_values(["hits", "val_loss", "epoch"], ascending=[False, True, True], kind="stable")
+    return order.drop(columns="hits").iloc[0]
 
 
 def proof_table(run: Run) -> pd.DataFrame:
@@ -66,7 +67,8 @@ def proof_table(run: Run) -> pd.DataFrame:
             else f"{merged:.0e}",
             "frozen tensors equal bit for bit": f"{found['frozen_unchanged']:,}",
         }
-    table = pd.DataFrame(columns)
+    # A mode that trains nothing has no members, and still something to say.
+    table = pd.DataFrame(columns or {"nothing trained": {}})
     table.loc["saved and loaded again: equal bit for bit"] = str(checks["reloaded_equal"]).replace(
         "True", "yes"
     )

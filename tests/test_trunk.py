@@ -1,9 +1,12 @@
 """A trunk is its checkpoint cut to a panel: the same embeddings from fewer tokens."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from perturbret.checkpoint import load_checkpoint
+from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceMismatch, hash_genes, write_gene_space
 from perturbret.network import embed, fingerprint
 from perturbret.tokens import tokenize
 from perturbret.trunk import make_trunk, restrict
@@ -91,3 +94,42 @@ def test_errors(panel, tiny_checkpoint):
     strange = type(panel)(panel.counts, panel.totals, np.array([f"X{i}" for i in range(12)]), panel.names)
     with pytest.raises(ValueError, match="genes: expected some that the vocabulary.*none of 12 .first: 'X0'"):
         trunk_of(strange, tiny_checkpoint)
+
+
+def gene_space(genes):
+    """A common gene space of one dataset whose columns are in its order."""
+    n = len(genes)
+    columns = ColumnMap(
+        tuple((i,) for i in range(n)), tuple((gene,) for gene in genes), n, hash_genes(genes), 9, "all", "f0", 0.1,
+        (0.5,) * n, (0.5,) * n, (5,) * n,
+    )  # fmt: skip
+    table = {"dispersion": (1.0,) * n, "rank": tuple(range(1, n + 1)), "perturbed": (False,) * n}
+    return GeneSpace(tuple(genes), (None,) * n, {"a": columns}, table, {"screen": "a"})
+
+
+def test_a_checkpoint_of_another_gene_space_is_refused(panel, tiny_checkpoint, tmp_path):
+    own = [str(gene) for gene in panel.genes]
+    place = tmp_path / "spaced"
+    shutil.copytree(tiny_checkpoint, place)
+    write_gene_space(gene_space(own), place)
+    same = trunk_of(panel, place)
+    assert fingerprint(same.network) == fingerprint(trunk_of(panel, tiny_checkpoint).network)
+    for init in ("pretrained", "random"):
+        write_gene_space(gene_space([own[0], own[2], own[1], *own[3:]]), place)
+        said = f"differ: position 1: {own[2]} against {own[1]}, position 2: {own[1]} against {own[2]}; .*another order"
+        with pytest.raises(GeneSpaceMismatch, match=said):
+            trunk_of(panel, place, init)
+        write_gene_space(gene_space([*own, "EXTRA1"]), place)
+        with pytest.raises(GeneSpaceMismatch, match="13 genes, the data 12.*only the checkpoint.*EXTRA1"):
+            trunk_of(panel, place, init)
+
+
+def test_a_gene_space_is_compared_by_approved_symbols(panel, tiny_checkpoint, tmp_path):
+    """A space holds approved symbols; data that call a gene by a former one are in it."""
+    place = tmp_path / "spaced"
+    shutil.copytree(tiny_checkpoint, place)
+    own = [str(gene) for gene in panel.genes]
+    former = [*own[:-1], "FAM155A"]
+    write_gene_space(gene_space([*own[:-1], "NALF1"]), place)
+    renamed = type(panel)(panel.counts, panel.totals, np.array(former), panel.names)
+    assert trunk_of(renamed, place).origin["genes_without_token"] == 2

@@ -68,13 +68,11 @@ def from_obsm(key: str = "x"):
     return lambda cells: cells.obsm[key]
 
 
-def tiny_prepared(*, mask: str = "all_targets", cells_per_condition: int = 36, seed: int = 0) -> Prepared:
-    """Masked cells of a simulated screen: 5 conditions, 24 genes, effects that even a tiny network learns."""
-    from perturbret.prepare import prepare
+def tiny_screen(*, cells_per_condition: int = 36, seed: int = 0):
+    """A simulated screen: 5 conditions, 24 genes, effects that even a tiny network learns."""
     from perturbret.simulate import simulate_screen
-    from perturbret.splits import make_split
 
-    screen = simulate_screen(
+    return simulate_screen(
         n_singles=4,
         n_doubles=1,
         n_genes=24,
@@ -86,7 +84,18 @@ def tiny_prepared(*, mask: str = "all_targets", cells_per_condition: int = 36, s
         measured_targets=0.5,
         seed=seed,
     )
-    return prepare(screen, make_split(screen.obs, track="in_dist", seed=0), mask=mask)
+
+
+def tiny_prepared(
+    *, mask: str = "all_targets", cells_per_condition: int = 36, seed: int = 0, train_share: float = 1.0
+) -> Prepared:
+    """Masked cells of `tiny_screen`."""
+    from perturbret.prepare import prepare
+    from perturbret.splits import make_split
+
+    screen = tiny_screen(cells_per_condition=cells_per_condition, seed=seed)
+    split = make_split(screen.obs, track="in_dist", seed=0)
+    return prepare(screen, split, mask=mask, train_share=train_share)
 
 
 def write_tiny_checkpoint(directory, genes, *, seed: int = 0, n_layers: int = 2):

@@ -1,0 +1,157 @@
+"""Adaptation without labels: it trains, on training cells alone, and stays with the encoder."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from perturbret import modes
+from perturbret.adapt import adapt_trunk
+from perturbret.corpus import Part
+from perturbret.decoders import Decoders
+from perturbret.encoders import load_encoder, without_cache
+from perturbret.masked_values import draw_batch, losses
+from perturbret.modes import fit_scgpt
+from perturbret.network import ScGPT, Shape, fingerprint
+from perturbret.prepare import UNLABELLED
+from perturbret.trunk import make_trunk
+
+STEPS = 6
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return toy.tiny_prepared(train_share=0.5)
+
+
+@pytest.fixture
+def trunk(prepared, tiny_checkpoint):
+    return make_trunk(
+        prepared.cells.genes, checkpoint=tiny_checkpoint, init="pretrained", seed=0, report=quiet
+    )
+
+
+@pytest.fixture
+def fit(prepared, tiny_checkpoint):
+    def run(prepared=prepared, **given):
+        given = {"mode": "frozen", "adapt": "mlm", "adapt_steps": STEPS, "lr_adapt": 0.01, **given}
+        settings = {"checkpoint": str(tiny_checkpoint), "head_depth": 0, "epochs": 2, **given}
+        return fit_scgpt(prepared, seed=0, settings=settings, report=quiet)
+
+    return run
+
+
+def adapted(trunk, prepared, **given):
+    cells = prepared.cells.take(prepared.roles == "train")
+    return adapt_trunk(
+        trunk, cells, **{"steps": STEPS, "learning_rate": 0.01, "seed": 0, "report": quiet, **given}
+    )
+
+
+def test_weights_change_and_the_origin_says_so(trunk, prepared):
+    before = fingerprint(trunk.network)
+    made = adapted(trunk, prepared)
+    assert fingerprint(made.network) != before == fingerprint(trunk.network)
+    changed = [
+        name
+        for name, tensor in made.network.state_dict().items()
+        if not torch.equal(tensor, trunk.network.state_dict()[name])
+    ]
+    assert "encoder.embedding.weight" in changed and len(changed) > 20
+    said = made.origin["adapted"]
+    assert said["steps"] == STEPS and said["learning_rate"] == 0.01
+    assert said["cells"] == (prepared.roles == "train").sum()
+    assert said["sha256"] == fingerprint(made.network)
+    assert np.isfinite([said["held_out_gene"], said["held_out_mean"]]).all()
+    assert {**made.origin, "adapted": None} == {**trunk.origin, "adapted": None}
+    assert "adapted" not in trunk.origin
+    # Otherwise the trunk that it was.
+    assert made.vocabulary == trunk.vocabulary and made.token_settings == trunk.token_settings
+    assert made.network.shape == trunk.network.shape and not made.network.training
+    for layer in made.network.transformer_encoder["layers"]:
+        assert layer.self_attn.dropout == 0.0
+
+
+def test_guesses_of_held_out_cells_get_better(trunk, prepared):
+    short, long = (
+        adapted(trunk, prepared, steps=steps).origin["adapted"]["held_out_gene"] for steps in (2, 40)
+    )
+    assert long < 0.8 * short
+
+
+def test_the_same_again_and_another_seed(trunk, prepared):
+    before = torch.get_rng_state()
+    first, again = (adapted(trunk, prepared).origin["adapted"]["sha256"] for _ in range(2))
+    assert first == again != adapted(trunk, prepared, seed=1).origin["adapted"]["sha256"]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_training_cells_with_and_without_label_take_part(fit, prepared, monkeypatch):
+    seen, inner = [], modes.adapt_trunk
+
+    def observed(trunk, cells, **keywords):
+        seen.append(cells.names)
+        return inner(trunk, cells, **keywords)
+
+    monkeypatch.setattr(modes, "adapt_trunk", observed)
+    fit()
+    (names,) = seen
+    roles = dict(zip(prepared.cells.names, prepared.roles, strict=True))
+    assert {roles[name] for name in names} == {"train", UNLABELLED}
+    assert sorted(names) == sorted(name for name, role in roles.items() if role in ("train", UNLABELLED))
+    seen.clear()
+    fit(adapt="none")
+    assert seen == []
+
+
+def test_no_label_and_no_order_of_cells_takes_part(fit, prepared):
+    """Conditions handed round and cells in another order: the same network."""
+    rng = np.random.default_rng(0)
+    conditions = prepared.conditions.copy()
+    for role in np.unique(prepared.roles):
+        at = prepared.roles == role
+        conditions[at] = rng.permutation(conditions[at])
+    other = toy.reordered(
+        dataclasses.replace(prepared, conditions=conditions), rng.permutation(len(conditions))
+    )
+    first, second = (fit(each).encoder.trunk for each in (prepared, other))
+    assert first.origin["adapted"]["sha256"] == second.origin["adapted"]["sha256"]
+
+
+@pytest.mark.parametrize("mode", ["frozen", "head", "lora_head"])
+def test_an_adapted_encoder_is_saved_and_loaded(fit, prepared, tmp_path, mode):
+    fitted = fit(mode=mode)
+    plain = fit(mode="frozen", adapt="none").encoder
+    said = fitted.encoder.trunk.origin["adapted"]
+    # Everything after starts from the adapted weights.
+    assert fitted.checks["network_sha256"] == said["sha256"] != fingerprint(plain.trunk.network)
+    fitted.encoder.save(tmp_path / "encoder")
+    assert json.loads((tmp_path / "encoder" / "encoder.json").read_text())["origin"]["adapted"] == said
+    loaded = load_encoder(tmp_path)
+    cells = prepared.cells.take(np.arange(20))
+    mine = without_cache(fitted.encoder).embed(cells)
+    np.testing.assert_array_equal(loaded.embed(cells), mine)
+    assert fingerprint(loaded.trunk.network) == said["sha256"]
+    if mode == "frozen":
+        assert np.abs(mine - plain.embed(cells)).max() > 1e-2
+
+
+def test_cells_that_lack_no_gene(trunk):
+    """Where every cell has every gene, there is no absent gene to guess, and nothing to fail on."""
+    shape = Shape(23, 16, 2, 16, 1, 0.0, 20)
+    genes, values = np.tile(np.arange(20, dtype=np.int32), 6), np.ones(120, np.float32)
+    part = Part("dense", genes, values, np.arange(0, 121, 20), np.arange(20), np.zeros(6, bool))
+    batch = draw_batch(
+        part, range(6), np.random.default_rng(0), length=30, hidden_share=0.3, pad_id=20, cls_id=21
+    )
+    torch.manual_seed(0)
+    found = losses(ScGPT(shape), Decoders(16), batch, pad_id=20)
+    assert found["absent"].item() == 0 and np.isfinite(found["gene"].item())
+    sum(found.values()).backward()

@@ -1,0 +1,207 @@
+"""A fine-tuning run as a directory: what it holds, when it is kept, when it is fitted again, how it is evaluated."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import toy
+from safetensors.torch import load_file, save_file
+
+from perturbret import pipeline, training_report
+from perturbret.encoders import load_encoder
+from perturbret.pipeline import evaluate_run, fit_run
+from perturbret.prepare import UNLABELLED
+from perturbret.runs import RunExists, open_run, run_name
+
+REQUEST = {"encoder": "scgpt", "mask": "all_targets", "seed": 0}
+HEAD = {"mode": "head", "epochs": 2, "head_dim": 8, "batch_size": 32, "lora_targets": ("Wqkv",)}
+NAME = "scgpt_head-all_targets-seed0-share0.5"
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return toy.tiny_screen()
+
+
+@pytest.fixture(scope="module")
+def fitted(screen, tiny_checkpoint, tmp_path_factory):
+    """Outputs directory with one fitted run."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    fit_run(open_head(screen, outputs, tiny_checkpoint))
+    return outputs
+
+
+def open_head(screen, outputs, checkpoint, **changes):
+    settings = {"checkpoint": str(checkpoint), **HEAD}
+    return open_run(screen, **REQUEST, settings=settings, train_share=0.5, outputs=str(outputs), **changes)
+
+
+@pytest.fixture
+def copied(fitted, screen, tiny_checkpoint, tmp_path):
+    """The fitted run, in a directory of one's own."""
+    shutil.copytree(fitted, tmp_path / "outputs")
+    return open_head(screen, tmp_path / "outputs", tiny_checkpoint)
+
+
+@pytest.fixture
+def no_fit(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("fitted")
+
+    return lambda: monkeypatch.setattr(pipeline, "_fit", refuse)
+
+
+def test_run_names():
+    assert run_name("logreg", "own_targets", 3) == "logreg-own_targets-seed3"
+    assert run_name("obsm:X_pca", "all_targets", 0, {}) == "obsm.X_pca-all_targets-seed0"
+    settings = {"mode": "last_n", "init": "pretrained", "checkpoint": "small"}
+    assert run_name("scgpt", "all_targets", 0, settings) == "scgpt_last_n-all_targets-seed0"
+    settings["init"] = "random"
+    assert (
+        run_name("scgpt", "all_targets", 1, settings, 0.25)
+        == "scgpt_last_n_random-all_targets-seed1-share0.25"
+    )
+
+
+def test_a_fitted_run_leaves_its_artifacts(fitted, screen, tiny_checkpoint):
+    run = open_head(screen, fitted, tiny_checkpoint)
+    assert run.directory == fitted / screen.name / NAME
+    names = {path.name for path in run.directory.iterdir()}
+    assert names == {
+        "encoder", "null_encoder", "manifest.json", "params.yaml", "history.csv", "selection.csv", "validation.csv",
+    }  # fmt: skip
+    history = pd.read_csv(run.directory / "history.csv")
+    assert history["epoch"].tolist() == [1, 2] and (history["member"] == 0).all()
+    fit = run.manifest["fit"]
+    checks = fit["checks"]
+    assert checks["reloaded_equal"] is True and set(checks) == {"network_sha256", "member0", "reloaded_equal"}
+    assert checks["member0"]["embedding_change"] == 0
+    assert min(checks["member0"]["gradient_norms"].values()) > 0
+    assert fit["context"]["train_share"] == 0.5 and fit["params"]["settings"]["mode"] == "head"
+    # The null twin: as many epochs, other weights.
+    null, encoder = (load_encoder(run.directory, name) for name in ("null_encoder", "encoder"))
+    assert null.settings["chosen"] == encoder.settings["chosen"] == fit["chosen"]
+    cells = run.prepared.cells.take(np.arange(20))
+    assert np.abs(null.embed(cells) - encoder.embed(cells)).max() > 1e-3
+    # What notebook 04 shows of it.
+    best = training_report.best_epoch(training_report.read_history(run))
+    assert [best["epoch"]] == fit["chosen"]["stop_epochs"]
+    table = training_report.proof_table(run)
+    assert list(table) == ["member0"] and table["member0"].iloc[-1] == "yes"
+
+
+def test_the_same_request_keeps_the_encoder(copied, no_fit):
+    first = pd.read_csv(copied.directory / "selection.csv")
+    no_fit()
+    pd.testing.assert_frame_equal(fit_run(copied), first)
+
+
+def test_a_tampered_run_is_fitted_again(copied):
+    file = copied.directory / "encoder" / "member0.safetensors"
+    before = file.read_bytes()
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, file)
+    assert file.read_bytes() != before
+    fit_run(copied)
+    assert file.read_bytes() == before  # bit for bit what it was
+    assert not list(copied.directory.glob("training_*"))
+
+
+def test_a_run_that_was_stopped_goes_on_and_leaves_no_state(
+    screen, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    run = open_head(screen, tmp_path, tiny_checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "null_twin", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit_run(run)
+    assert list(run.directory.glob("training_encoder/training-*.pt")) and not run.manifest
+    capsys.readouterr()
+    fit_run(run)
+    assert capsys.readouterr().out.count("resumed after epoch 2") == 1
+    assert not list(run.directory.glob("training_*"))
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_other_weights_at_the_same_path_are_another_start(screen, tiny_prepared, tmp_path, searched, no_fit):
+    place, genes = tmp_path / "weights", tiny_prepared.cells.genes[1:]
+    toy.write_tiny_checkpoint(place, genes)
+    given = (
+        {"settings": {"mode": "frozen"}}
+        if searched
+        else {"settings": {"mode": "frozen", "checkpoint": str(place)}}
+    )
+    given["search"] = {"checkpoint": [str(place)]} if searched else {}
+    run = open_run(screen, **REQUEST, **given, outputs=str(tmp_path / "outputs"))
+    fit_run(run)
+    first = run.manifest["fit"]["checks"]["network_sha256"]
+    shutil.rmtree(place)
+    toy.write_tiny_checkpoint(place, genes, seed=1)
+    fit_run(run)
+    assert run.manifest["fit"]["checks"]["network_sha256"] != first
+    no_fit()
+    fit_run(run)
+    # A mode that trains nothing has no curves, and its proof is that of saving.
+    assert training_report.read_history(run) is None and len(training_report.gradient_table(run)) == 0
+    assert training_report.proof_table(run).index.tolist() == ["saved and loaded again: equal bit for bit"]
+    assert training_report.proof_table(run).iloc[0].tolist() == ["yes"]
+
+
+def test_evaluation_of_a_run_that_is_opened_without_settings(copied, screen, no_fit):
+    run = open_run(screen, **REQUEST, train_share=0.5, run=NAME, outputs=str(copied.directory.parents[1]))
+    assert run.params == copied.params and run.params["settings"]["lora_targets"] == ["Wqkv"]
+    no_fit()
+    scores, summary, null = evaluate_run(
+        run, libraries=["mean"], query_sizes=[1], poolings=["scores"], n_resamples=50
+    )
+    assert (run.prepared.roles == UNLABELLED).any()
+    queries = run.prepared.cells.names[run.prepared.where("query")]
+    assert set(scores["query_id"]) == set(queries)
+    assert set(summary["scoring"]) >= {"cosine", "classifier"} and len(null)
+    assert run.manifest["evaluation"]["encoder_sha256"] == run.manifest["fit"]["encoder_sha256"]
+    for name in ("embeddings.h5ad", "scores.parquet", "summary.csv", "null_control.csv"):
+        assert (run.directory / name).exists()
+    with pytest.raises(RunExists, match="train_share=0.5, asked for 0.9"):
+        open_run(screen, **REQUEST, train_share=0.9, run=NAME, outputs=str(copied.directory.parents[1]))
+
+
+def test_settings_of_the_run_there_and_none_where_there_is_none(copied, screen, tmp_path):
+    outputs = str(tmp_path / "elsewhere")
+    fresh = open_run(screen, **REQUEST, outputs=outputs)
+    assert "settings" not in fresh.params and fresh.directory.name == "scgpt-all_targets-seed0"
+    with pytest.raises(RunExists, match="the run there has settings=.*asked for .*'epochs': 3"):
+        open_run(
+            screen,
+            **REQUEST,
+            settings={**copied.params["settings"], "epochs": 3},
+            train_share=0.5,
+            outputs=str(copied.directory.parents[1]),
+        )
+
+
+def test_embeddings_are_computed_once_where_there_is_a_cache(copied, tmp_path, monkeypatch):
+    from perturbret import embeddings, scgpt
+    from perturbret.encoders import without_cache
+
+    cells = copied.prepared.cells.take(np.arange(30))
+    cached = load_encoder(copied.directory, cache=tmp_path / "cache")
+    first = cached.embed(cells)
+    assert list((tmp_path / "cache").glob("embeddings-*.npy"))
+
+    def refuse(*arguments, **keywords):
+        raise RuntimeError("computed")
+
+    monkeypatch.setattr(embeddings, "embed", refuse)
+    monkeypatch.setattr(scgpt, "embed", refuse)
+    again = load_encoder(copied.directory, cache=tmp_path / "cache")
+    assert again.embed(cells).tobytes() == first.tobytes()
+    with pytest.raises(RuntimeError, match="computed"):
+        again.embed(copied.prepared.cells.take(np.arange(31)))
+    anew = without_cache(again)
+    assert anew.cache is None and again.cache is not None
+    with pytest.raises(RuntimeError, match="computed"):
+        anew.embed(cells)
+    plain = load_encoder(copied.directory)
+    assert plain.cache is None and without_cache(plain) is plain

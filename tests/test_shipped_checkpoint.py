@@ -1,0 +1,77 @@
+"""The small checkpoint that the package carries: whole, small, readable, honest about what it is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import perturbret
+from perturbret.checkpoint import load_checkpoint
+from perturbret.pretrained import find_checkpoint, load_checkpoint_registry
+from perturbret.trunk import make_trunk
+from perturbret.vocabulary import NO_TOKEN, SPECIALS, load_vocabulary, map_genes
+
+PLACE = Path(perturbret.__file__).resolve().parent / "data" / "checkpoint_small"
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(request, monkeypatch):
+    """No local directory of checkpoints; where real data are asked for, they stay."""
+    monkeypatch.delenv("PERTURBRET_CHECKPOINTS", raising=False)
+    if "real_data" not in request.fixturenames:
+        monkeypatch.delenv("PERTURBRET_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_checkpoint(PLACE, report=lambda line: None)
+
+
+def test_it_is_found_in_the_package_with_its_checksums():
+    entry = load_checkpoint_registry()["small"]
+    assert entry.url is None and None not in entry.files.values()
+    assert find_checkpoint("small", progress=False).resolve() == PLACE
+    assert {path.name for path in PLACE.iterdir()} == {*entry.files, "README.md"}
+
+
+def test_its_files_are_small():
+    assert sum(path.stat().st_size for path in PLACE.iterdir()) <= 15e6
+
+
+def test_it_loads_with_finite_weights(loaded):
+    shape = loaded.network.shape
+    assert (shape.n_layers, shape.n_heads, shape.d_model, shape.d_hid) == (2, 4, 88, 176)
+    assert shape.n_tokens == len(loaded.vocabulary) and loaded.token_settings["values"] == "log1p"
+    assert loaded.account.missing == ()
+    for name, weight in loaded.network.state_dict().items():
+        assert np.isfinite(weight.numpy()).all() and weight.numpy().std() > 0, name
+
+
+def test_its_tokens_are_scgpts(loaded):
+    try:
+        census = load_vocabulary()
+    except FileNotFoundError:
+        pytest.skip("the scgpt package is not installed: no vocabulary to compare with")
+    assert set(loaded.vocabulary.genes) < set(census.genes)
+    assert set(loaded.vocabulary.tokens) - set(loaded.vocabulary.genes) == set(SPECIALS)
+
+
+def test_the_model_card_says_what_it_is_and_is_not(loaded):
+    card = (PLACE / "README.md").read_text()
+    assert "Not the scGPT whole-human checkpoint" in card
+    shape = loaded.network.shape
+    assert f"{shape.n_layers} layers, {shape.n_heads} heads, d = {shape.d_model}" in card
+    assert f"{len(loaded.vocabulary):,} tokens" in card
+    weights = load_file(PLACE / "best_model.safetensors").values()
+    assert f"{sum(weight.numel() for weight in weights) / 1e6:.1f} million parameters" in card
+
+
+def test_it_knows_the_genes_of_a_real_screen(real_data, loaded):
+    from perturbret.datasets import load_screen
+
+    genes = load_screen("norman_subset").genes
+    found = map_genes(genes, loaded.vocabulary).token_ids != NO_TOKEN
+    assert len(genes) == 500 and found.sum() >= 495
+    trunk = make_trunk(genes, checkpoint=PLACE, init="pretrained", seed=0, report=lambda line: None)
+    assert trunk.origin["genes_without_token"] == (~found).sum()
