@@ -69,15 +69,14 @@ def _difference(report: Report, one: str, other: str, metric: str, n_resamples: 
     """Estimate and interval over the queries of the seeds that both have."""
     scores = report.scores
     scores = scores[scores["primary"] & (scores["mask"] == LEAK_FREE) & (scores["query_size"] == 1)]
-    column = "reciprocal_rank" if metric == "mrr" else metric
     a, b = (
-        scores[scores["encoder"] == name].set_index(["seed", "query_id"])[[column, "condition"]]
+        scores[scores["encoder"] == name].set_index(["seed", "query_id"])[[metric, "condition"]]
         for name in (one, other)
     )
-    both = a.join(b[[column]], rsuffix="_other", how="inner")
+    both = a.join(b[[metric]], rsuffix="_other", how="inner")
     found = paired_difference(
-        both[column].to_numpy(),
-        both[f"{column}_other"].to_numpy(),
+        both[metric].to_numpy(),
+        both[f"{metric}_other"].to_numpy(),
         both["condition"],
         n_resamples=n_resamples,
         seed=0,

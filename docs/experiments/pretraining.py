@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 STARTS = {
     "random": {"init": "random"},
     "shipped": {},
-    "shipped + mlm": {"adapt": "mlm"},
+    "shipped + mlm": {"adapt": "mlm", "adapt_steps": 200},
 }
 MODES = ("frozen", "head", "lora_head")
 OPPONENTS = ("logreg", "pca")
@@ -84,7 +84,7 @@ def measure(dataset: str, seeds: list[int], shares: list[float], path: Path) -> 
                     "validation": validation,
                 }
                 found = (
-                    scores[["query_id", "condition", "exact_hit@1", "reciprocal_rank"]].round(4).assign(**row)
+                    scores[["query_id", "condition", "exact_hit@1", "mrr"]].round(4).assign(**row)
                 )
                 done = pd.concat([done, found], ignore_index=True)
                 with replacing(path) as temporary:
@@ -194,7 +194,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = measure(options.dataset, options.seeds, options.shares, path)
     summary = table.groupby(["seed", "share", "method", "readout"])[
-        ["validation", "exact_hit@1", "reciprocal_rank"]
+        ["validation", "exact_hit@1", "mrr"]
     ]
     with replacing(HERE / f"pretraining_{options.dataset}.csv") as temporary:
         summary.mean().round(4).reset_index().to_csv(temporary, index=False)
