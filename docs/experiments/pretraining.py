@@ -83,9 +83,7 @@ def measure(dataset: str, seeds: list[int], shares: list[float], path: Path) -> 
                     "readout": readout,
                     "validation": validation,
                 }
-                found = (
-                    scores[["query_id", "condition", "exact_hit@1", "mrr"]].round(4).assign(**row)
-                )
+                found = scores[["query_id", "condition", "exact_hit@1", "mrr"]].round(4).assign(**row)
                 done = pd.concat([done, found], ignore_index=True)
                 with replacing(path) as temporary:
                     done.to_csv(temporary, index=False, compression=None)
@@ -193,9 +191,7 @@ def main() -> None:
     path = outputs_root() / options.dataset / "pretraining.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table = measure(options.dataset, options.seeds, options.shares, path)
-    summary = table.groupby(["seed", "share", "method", "readout"])[
-        ["validation", "exact_hit@1", "mrr"]
-    ]
+    summary = table.groupby(["seed", "share", "method", "readout"])[["validation", "exact_hit@1", "mrr"]]
     with replacing(HERE / f"pretraining_{options.dataset}.csv") as temporary:
         summary.mean().round(4).reset_index().to_csv(temporary, index=False)
     draw(table, HERE / f"pretraining_{options.dataset}.svg")
