@@ -1,0 +1,79 @@
+"""Scripts of docs/experiments at toy size: what they measure is measured on the right cells."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perturbret.checkpoint import load_checkpoint
+from perturbret.pretraining import Plan
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "experiments"
+
+
+@pytest.fixture(scope="module")
+def alignment():
+    spec = importlib.util.spec_from_file_location("alignment", FOLDER / "alignment.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def design(alignment):
+    plan = Plan(
+        d_model=8, n_heads=2, d_hid=8, n_layers=1, steps=4, batch_cells=16, max_length=20, check_every=4
+    )
+    return alignment.Design(n_conditions=4, n_train=4, n_val=4, n_query=6, n_reference=80, plan=plan)
+
+
+def test_reference_and_screen_share_programs_and_nothing_else(alignment, design):
+    """Genes that go together in the reference, found by name, are those that conditions move together."""
+    large = dataclasses.replace(design, n_reference=2000, n_conditions=30, effect=1.0)
+    prepared, reference = alignment.draw(large, 0)
+    ((counts, totals),) = reference.chunks()
+    names, genes = list(reference.genes), prepared.cells.genes
+    assert sorted(names) == sorted(genes) and (reference.genes != genes).mean() > 0.8
+    values = np.log1p(counts.toarray() / totals[:, None] * 1e4)
+    theirs = np.corrcoef(values[:, [names.index(gene) for gene in genes]].T)
+    ours = np.corrcoef(prepared.truth.log_fold_changes[:, 0].T)
+    upper = np.triu_indices(len(genes), 1)
+    by_column = np.corrcoef(values.T)[upper]
+    assert np.corrcoef(theirs[upper], ours[upper])[0, 1] > 0.6
+    assert abs(np.corrcoef(by_column, ours[upper])[0, 1]) < 0.2
+    found = dict(zip(*np.unique(prepared.roles, return_counts=True), strict=True))
+    assert found == {"train": 120, "val": 120, "query": 180}
+
+
+def test_arms_differ_in_whose_row_a_gene_reads_alone(alignment, design, tmp_path):
+    prepared, reference = alignment.draw(design, 1)
+    alignment.write_checkpoints(design, 1, prepared.cells.genes, reference, tmp_path)
+    right, wrong = (
+        load_checkpoint(tmp_path / arm, report=lambda text: None) for arm in ("aligned", "shuffled")
+    )
+    for name, tensor in right.network.state_dict().items():
+        assert (tensor == wrong.network.state_dict()[name]).all()
+    for column, gene in enumerate(prepared.cells.genes):
+        assert right.vocabulary.ids[reference.genes[column]] == wrong.vocabulary.ids[gene] == column
+
+
+def test_page_and_figure_come_from_the_table(alignment, design, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "MODES", {"frozen": ({}, {}), "head": ({"epochs": 1}, {})})
+    table = alignment.measure(design, [0, 1], tmp_path / "alignment.csv")
+    assert set(table["method"]) == set(alignment.methods()) and (table["queries"] == 6).all()
+    monkeypatch.setattr(alignment, "measure_seed", lambda *given, **named: pytest.fail("measured again"))
+    again = alignment.measure(design, [0, 1], tmp_path / "alignment.csv")
+    expected = table.groupby("method")["hits"].sum() / table.groupby("method")["queries"].sum()
+    for method, hit in expected.items():
+        mean, low, high = alignment.level(again, method)
+        assert low <= mean <= high and mean == pytest.approx(hit)
+    assert alignment.chance(again) == 1 / 4
+    value, _, _ = alignment.difference(again, "frozen aligned", "frozen random")
+    assert value == pytest.approx(expected["frozen aligned"] - expected["frozen random"])
+    assert alignment.by_seed(again, "frozen aligned", "frozen random").mean() == pytest.approx(value)
+    alignment.plot(again, tmp_path / "alignment.svg")
+    text = alignment.page(again, design)
+    assert "SIMULATED" in text and "SIMULATED" in (tmp_path / "alignment.svg").read_text()
+    assert f"frozen, aligned against random: {value:+.3f}" in text
