@@ -10,8 +10,9 @@ from torch import Tensor, nn
 class Head(nn.Module):
     """Cell embedding -> retrieval embedding -> logits of conditions.
 
-    Inputs are first centred and scaled by constants taken from training cells (`set_scale`): the embeddings of an
-    untrained or frozen network lie so close together that a linear layer could hardly tell them apart.
+    In mode `head`, inputs are first centred and scaled by constants taken from training cells (`set_scale`): the
+    embeddings of a frozen network lie so close together that a linear layer could hardly tell them apart. Where the
+    network is trained too, that hurt on validation cells, and the constants stay 0 and 1.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .heads import Head
 from .network import PRECISIONS, ScGPT
-from .tokens import Tokens
+from .tokens import Tokens, block_positions
 
 BATCH_TOKENS = 16384
 PART_TOKENS = 2048  # smaller parts cost more in calls than they save in padding
@@ -37,15 +37,9 @@ class Hidden:
 
     def padded(self, index: np.ndarray) -> tuple[np.ndarray, None, np.ndarray | None]:
         """The cells at `index` as a block (cells, longest, d_model), no values, and padding (None where none is)."""
-        starts, lengths = self.indptr[index], self.indptr[np.asarray(index) + 1] - self.indptr[index]
-        steps = np.arange(lengths.max(initial=0))
-        padding = steps >= lengths[:, None]
         # Padding holds copies of the first token: attention leaves them out, whatever they are.
-        return (
-            self.values[np.where(padding, starts[:, None], starts[:, None] + steps)],
-            None,
-            padding if padding.any() else None,
-        )
+        at, padding = block_positions(self.indptr, index)
+        return self.values[at], None, padding if padding.any() else None
 
 
 @dataclass(frozen=True)

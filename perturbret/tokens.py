@@ -81,10 +81,7 @@ class Tokens:
 
         Each is (len(index), longest of these cells); padding is None where all are of one length.
         """
-        starts, lengths = self.indptr[index], self.indptr[np.asarray(index) + 1] - self.indptr[index]
-        steps = np.arange(lengths.max(initial=0))
-        padding = steps >= lengths[:, None]
-        at = np.where(padding, 0, starts[:, None] + steps)
+        at, padding = block_positions(self.indptr, index)
         genes = np.where(padding, self.pad_id, self.genes[at]).astype(np.int64)
         values = np.where(padding, self.pad_value, self.values[at]).astype(np.float32)
         return genes, values, padding if padding.any() else None
@@ -104,6 +101,14 @@ class Tokens:
             size = max(1, min(batch_tokens // longest, max(like, 1024 // longest)))
             yield order[start : start + size]
             start += size
+
+
+def block_positions(indptr: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (cells, longest) of the cells' tokens, and where there is none: there stands a cell's first."""
+    starts, lengths = indptr[index], indptr[np.asarray(index) + 1] - indptr[index]
+    steps = np.arange(lengths.max(initial=0))
+    padding = steps >= lengths[:, None]
+    return starts[:, None] + np.where(padding, 0, steps), padding
 
 
 def tokenize(
