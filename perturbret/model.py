@@ -15,7 +15,7 @@ from .network import PRECISIONS, ScGPT
 from .tokens import Tokens, block_positions
 
 BATCH_TOKENS = 16384
-PART_TOKENS = 2048  # smaller parts cost more in calls than they save in padding
+PART_TOKENS = 1024  # smaller parts cost more in calls than they save in padding and in trips to memory
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ from .validation import best_readout
 
 _PROOF_CELLS = 256
 # Modules that the course of a training depends on.
-_CODE = "adapters batches finetune heads losses model modes monitor network optimise tokens trunk".split()
+_CODE = (
+    "adapters batches dropout finetune heads losses model modes monitor network optimise tokens trunk".split()
+)
 
 
 def fit_scgpt(

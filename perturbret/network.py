@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .tokens import Tokens
 
 POOLINGS = ("cls", "mean")
@@ -114,7 +115,7 @@ class Layer(nn.Module):
         self.linear2 = nn.Linear(shape.d_hid, shape.d_model)
         self.norm1 = nn.LayerNorm(shape.d_model)
         self.norm2 = nn.LayerNorm(shape.d_model)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
 
     def forward(self, hidden: Tensor, real: Tensor | None, rows: int | None = None) -> Tensor:
         """(cells, length, d_model) -> (cells, rows, d_model); `rows`: only the first so many, by default all."""
@@ -136,7 +137,7 @@ class ScGPT(nn.Module):
         self.shape = shape
         self.encoder = GeneEncoder(shape)
         self.value_encoder = ValueEncoder(shape)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
         self.transformer_encoder = nn.ModuleDict(
             {"layers": nn.ModuleList(Layer(shape) for _ in range(shape.n_layers))}
         )

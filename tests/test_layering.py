@@ -27,9 +27,9 @@ LAYERS = {
     ),
     "evaluation": "evaluate scoring",
     "encoders": (
-        "adapt adapters baselines batches bayes checkpoint corpus decoders embeddings encoders features finetune heads "
-        "linear logistic losses masked_values mlp model modes monitor network optimise pretraining proofs references "
-        "scgpt settings spectrum tokens training trunk validation"
+        "adapt adapters baselines batches bayes checkpoint corpus decoders dropout embeddings encoders features "
+        "finetune heads linear logistic losses masked_values mlp model modes monitor network optimise pretraining "
+        "proofs references scgpt settings spectrum tokens training trunk validation"
     ),
     "bookkeeping": (
         "__main__ adaptation audit compare contenders coverage execute figures grid html index parameters pipeline "
@@ -43,6 +43,7 @@ NETWORKS = {
     "adapters",
     "checkpoint",
     "decoders",
+    "dropout",
     "finetune",
     "heads",
     "losses",
