@@ -1,6 +1,5 @@
 """Choose genes for several datasets together: matched by gene, ranked by dispersion, in one common order."""
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -74,7 +73,7 @@ def align(
         How many datasets, the screen included, must measure any other gene. All of them by default.
     selection : str
         `dispersion`; `seurat_v3`, scanpy's, with datasets as batches (holds the counts of the genes that all
-        datasets measure in memory; needs scikit-misc); `all` eligible genes, whatever `n` and the filter.
+        datasets measure in memory); `all` eligible genes, whatever `n` and the filter.
     weights : str
         `cells`: by number of cells; `equal`: every dataset the same.
     min_percent_cells : float
@@ -97,8 +96,6 @@ def align(
     ------
     ValueError
         An argument is out of range; no gene is eligible; counts that are none.
-    ModuleNotFoundError
-        `seurat_v3` without scikit-misc.
 
     Warns
     -----
@@ -108,11 +105,6 @@ def align(
     names = [dataset.name for dataset in datasets]
     least = len(datasets) if min_datasets is None else min_datasets
     _check(names, screen, perturbed, n, least, selection, weights, min_percent_cells)
-    if selection == "seurat_v3" and importlib.util.find_spec("skmisc") is None:
-        raise ModuleNotFoundError(
-            "selection 'seurat_v3' needs scikit-misc, which is not installed: `pip install scikit-misc`, "
-            "or choose 'dispersion'"
-        )
     resolver = SymbolResolver.from_package() if resolver is None else resolver
     matched = match_genes(
         {d.name: d.genes for d in datasets}, {d.name: d.ensembl_ids for d in datasets}, resolver=resolver

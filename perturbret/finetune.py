@@ -7,7 +7,7 @@ gradients and losses are those of the joint batch.
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def train(
     validation : Validation or None
         None: nothing is looked at, and the weights of `stop_epoch` are kept.
     stop_epoch : int
-        Epoch to stop after, on the schedule of all `settings.epochs`; 0: the last.
+        Epoch to stop after, on the schedule of all `n_epochs`; 0: the last.
     state : path, optional
         File that the state is kept in after each epoch, and training goes on from where one of the same `key` lies.
     key : str
@@ -122,6 +122,7 @@ def train(
         raise ValueError(
             f"accumulate: expected no more than the batches of an epoch, got {settings.accumulate}"
         )
+    settings = replace(settings, epochs=n_epochs(settings, n_steps))
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
         history, sums, best = _resume(Path(state) if state else None, key, accelerator, weights, optimiser)
@@ -168,6 +169,11 @@ def train(
     model.eval()
     table = pd.DataFrame(history)
     return Outcome(table, best["epoch"], {name: total / len(history) for name, total in sums.items()})
+
+
+def n_epochs(settings: Settings, n_steps: int) -> int:
+    """Most epochs of `n_steps` steps each: `epochs`, or the number that comes nearest to `steps`."""
+    return max(1, min(settings.epochs, round(settings.steps / n_steps)))
 
 
 def spread(embeddings: np.ndarray) -> float:

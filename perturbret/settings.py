@@ -36,6 +36,7 @@ LIMITS = {
     "accumulate": (1, 1024),
     "epochs": (1, 10000),
     "patience": (1, 10000),
+    "steps": (1, 100_000_000),
     "adapt_steps": (1, 1_000_000),
     "lr_adapt": (0, 1),
     "lr_backbone": (0, 1),
@@ -51,7 +52,7 @@ LIMITS = {
 MODE_DEFAULTS = {
     "last_n": {"lr_backbone": 1e-3},
     "full": {"lr_backbone": 1e-3},
-    "head": {"epochs": 60, "patience": 15, "lr_head": 2e-3},
+    "head": {"epochs": 60, "steps": 100_000, "patience": 15, "lr_head": 2e-3},
 }
 
 
@@ -104,6 +105,8 @@ class Settings:
         Batches between two steps of the optimiser.
     epochs, patience : int
         Most epochs, and how many without a better validation exact_hit@1 are waited for.
+    steps : int
+        Most steps of the optimiser, to the nearest whole epoch: a large screen needs fewer epochs than a small one.
     lr_backbone, lr_head : float
         Highest learning rates.
     weight_decay, warmup, clip : float
@@ -141,6 +144,7 @@ class Settings:
     cells_per_condition: int = 4
     accumulate: int = 1
     epochs: int = 16
+    steps: int = 1600
     patience: int = 6
     lr_backbone: float = 4e-3
     lr_head: float = 1e-3

@@ -1,6 +1,5 @@
 """Genes chosen for several datasets together: the perturbed always, the rest by dispersion, in one order."""
 
-import sys
 import warnings
 
 import numpy as np
@@ -242,15 +241,7 @@ def test_datasets_without_a_gene_in_common_or_a_name_of_their_own_are_refused():
         align([draw("a", ["x"]), draw("a", ["x"])], resolver=RESOLVER)
 
 
-def test_seurat_v3_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skmisc", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install scikit-misc"):
-        align([draw("a", ["x"])], resolver=RESOLVER, selection="seurat_v3")
-
-
 def test_seurat_v3_with_datasets_as_batches():
-    pytest.importorskip("skmisc", reason="seurat_v3 needs scikit-misc, which is not in the lock")
     import anndata
     import scanpy
 

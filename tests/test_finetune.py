@@ -8,7 +8,7 @@ from toy import tiny_model, tiny_tokens
 
 from perturbret import finetune
 from perturbret.adapters import trainable
-from perturbret.finetune import COLLAPSED, TrainingFailed, Validation, spread, train
+from perturbret.finetune import COLLAPSED, TrainingFailed, Validation, n_epochs, spread, train
 from perturbret.model import embed_rows, run_lower
 from perturbret.optimise import schedule
 from perturbret.settings import Settings
@@ -278,3 +278,13 @@ def test_bfloat16_trains_to_about_the_same():
         near, _ = embed_rows(model, TOKENS, INDEX, precision=precision)
         cosine = (z * near).sum(axis=1) / np.linalg.norm(z, axis=1) / np.linalg.norm(near, axis=1)
         assert cosine.min() >= 0.99
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (9, 2), (11, 3), (1000, 5)])
+def test_steps_limit_epochs(steps, epochs):
+    settings = Settings(**{**OPTIONS, "epochs": 5, "steps": steps})
+    assert n_epochs(settings, 4) == epochs
+    _, outcome = run(val=None, epochs=5, steps=steps)
+    assert len(outcome.history) == epochs
+    # The schedule ends with them.
+    assert outcome.history["lr_head"].iloc[-1] < 0.5 * settings.lr_head or epochs == 1
