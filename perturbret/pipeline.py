@@ -1,5 +1,6 @@
 """Fit a run's encoder and evaluate it: the two steps behind notebooks 03 and 05."""
 
+import os
 import shutil
 import time
 from dataclasses import asdict
@@ -31,7 +32,8 @@ def fit_run(run: Run) -> pd.DataFrame:
     """Fit the run's encoder and its null twin, or keep those that are there.
 
     An encoder is kept when it was made with the same parameters, data and fitting code. Validation scores of
-    every read-out are written beside it; query cells are not touched.
+    every read-out are written beside it; query cells are not touched. Several processes (accelerate, torchrun) fit
+    together, and one of them writes.
 
     Returns
     -------
@@ -44,11 +46,17 @@ def fit_run(run: Run) -> pd.DataFrame:
     if same and made["code"] == code and _intact(run.directory, made):
         return pd.read_csv(run.directory / "selection.csv")
     started = time.perf_counter()
-    (run.directory / "manifest.json").unlink(missing_ok=True)
+    # Of several processes that train together, the first writes.
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        (run.directory / "manifest.json").unlink(missing_ok=True)
     seed = run.params["seed"]
     fitted = _fit(run, run.prepared, "encoder")
-    fitted.encoder.save(run.directory / "encoder")
+    if leads:
+        fitted.encoder.save(run.directory / "encoder")
     null = _fit(run, null_twin(run), "null_encoder", fixed=fitted.chosen)
+    if not leads:
+        return fitted.selection
     null.encoder.save(run.directory / "null_encoder")
     checks = {**fitted.checks, "reloaded_equal": _reloaded(run, fitted.encoder)}
     validation = summarise(

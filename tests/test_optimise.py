@@ -2,17 +2,14 @@
 
 import math
 import os
-import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
-from socket import socket
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from toy import tiny_model, tiny_tokens
+from toy import run_two, tiny_model, tiny_tokens
 
 from perturbret.adapters import trainable
 from perturbret.batches import share
@@ -74,34 +71,7 @@ def every():
 def of_two(tmp_path_factory):
     """What two processes on the CPU got, from the first of them."""
     folder = tmp_path_factory.mktemp("two")
-    with closing(socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    run_two(__file__, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,6 +1,8 @@
 """A fine-tuning run as a directory: what it holds, when it is kept, when it is fitted again, how it is evaluated."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -50,6 +52,18 @@ def no_fit(monkeypatch):
         raise AssertionError("fitted")
 
     return lambda: monkeypatch.setattr(pipeline, "_fit", refuse)
+
+
+def test_two_processes_make_one_run(fitted, screen, tiny_checkpoint, tmp_path, no_fit):
+    toy.run_two(__file__, tmp_path, tiny_checkpoint)
+    run = open_head(screen, tmp_path, tiny_checkpoint)
+    alone = fitted / screen.name / NAME
+    assert sorted(path.name for path in run.directory.iterdir()) == sorted(p.name for p in alone.iterdir())
+    assert run.manifest["fit"]["checks"]["reloaded_equal"]
+    no_fit()
+    found, expected = fit_run(run), pd.read_csv(alone / "selection.csv")
+    # Dropout differs between one process and two.
+    assert len(found) == len(expected) == 1 and found.columns.tolist() == expected.columns.tolist()
 
 
 def test_run_names():
@@ -205,3 +219,11 @@ def test_embeddings_are_computed_once_where_there_is_a_cache(copied, tmp_path, m
         anew.embed(cells)
     plain = load_encoder(copied.directory)
     assert plain.cache is None and without_cache(plain) is plain
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    fit_run(open_head(toy.tiny_screen(), *map(Path, sys.argv[1:])))
+    torch.distributed.destroy_process_group()

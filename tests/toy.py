@@ -1,5 +1,12 @@
 """Prepared cells and an encoder small enough to reason about, for tests of scoring and evaluation."""
 
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from socket import socket
+
 import numpy as np
 from scipy.sparse import csr_matrix
 
@@ -152,3 +159,36 @@ def tiny_model(
                 torch.nn.init.uniform_(weight, -0.3, 0.3)
         head = Head(16, n_classes, depth=1, width=8, dim=6, dropout=head_dropout, loss=loss, temperature=0.2)
     return Model(network, head, pooling="cls", normalise=False, start=start)
+
+
+def run_two(script, *arguments):
+    """Run a script as two processes on the CPU that torch.distributed joins; both must end well."""
+    with closing(socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    tests = Path(__file__).parent
+    common = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
