@@ -50,8 +50,8 @@ LIMITS = {
 
 # What a mode needs otherwise than adapters do: these start at no effect and take larger steps; a head alone is cheap.
 MODE_DEFAULTS = {
-    "last_n": {"lr_backbone": 1e-3},
-    "full": {"lr_backbone": 1e-3},
+    "last_n": {"lr_backbone": 1e-3, "steps": 1200},
+    "full": {"lr_backbone": 1e-3, "steps": 1200},
     "head": {"epochs": 60, "steps": 100_000, "patience": 15, "lr_head": 2e-3},
 }
 
@@ -146,7 +146,7 @@ class Settings:
     epochs: int = 16
     steps: int = 1600
     patience: int = 6
-    lr_backbone: float = 4e-3
+    lr_backbone: float = 3e-3
     lr_head: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
