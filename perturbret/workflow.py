@@ -24,7 +24,6 @@ from .registry import Entry
 PACKAGE = Path(__file__).resolve().parent
 RULES = {"audit": AUDIT, "vocab": VOCAB, "baselines": "03_baselines", "finetune": "04_finetune"}
 RULES |= {"evaluate": EVALUATION, "report": REPORT}
-KEPT_MEMORY = str(2**30)  # bytes
 
 
 def run_report(
@@ -212,9 +211,6 @@ def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, 
         path.unlink(missing_ok=True)
     path = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = {
-        # glibc, unless told otherwise, gives freed memory back and gets it again at every step of a training.
-        "MALLOC_TRIM_THRESHOLD_": KEPT_MEMORY,
-        "MALLOC_MMAP_THRESHOLD_": KEPT_MEMORY,
         **os.environ,
         "PERTURBRET_OUTPUTS": str(workdir.parent),
         "PERTURBRET_EVENTS": str(events),

@@ -1,0 +1,101 @@
+"""What a training step of the shipped checkpoint costs, and what its dropout and its parts of like length save.
+
+    PERTURBRET_DATA=... python benchmarks/small_network.py [--rounds 15]
+
+Everything is trained on batches of 64 random cells of a panel of 303 genes: forward, cross-entropy, backward, clipping
+and AdamW. Ways take turns (A B C A B C ...); medians are printed, of CPU seconds and of the ratios within a round.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from perturbret import model as model_module
+from perturbret.adapters import trainable
+from perturbret.datasets import load_screen
+from perturbret.dropout import Dropout
+from perturbret.losses import classification
+from perturbret.model import to_device
+from perturbret.optimise import make_optimiser
+from perturbret.prepare import prepare
+from perturbret.pretrained import find_checkpoint
+from perturbret.scgpt import build_model
+from perturbret.settings import read_settings
+from perturbret.splits import get_split
+from perturbret.tokens import tokenize
+from perturbret.trunk import make_trunk
+
+FILE = "papalexi2021_thp1_303genes.h5ad"
+N_CLASSES = 25
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    if not (Path(os.environ.get("PERTURBRET_DATA") or "unset") / FILE).is_file():
+        print(f"not measured: expected {FILE} in PERTURBRET_DATA")
+        return 0
+    torch.set_num_threads(1)
+    screen = load_screen("thp1")
+    with tempfile.TemporaryDirectory() as folder:
+        split = get_split(screen, track="in_dist", seed=0, directory=folder)
+    prepared = prepare(screen, split, mask="all_targets")
+    settings = read_settings({"mode": "full"})
+    trunk = make_trunk(
+        prepared.cells.genes,
+        checkpoint=find_checkpoint("small"),
+        init="pretrained",
+        seed=0,
+        dropout=settings.dropout,
+        report=print,
+    )
+    tokens = tokenize(prepared.cells, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
+    torch.manual_seed(0)
+    network = build_model(trunk, settings, N_CLASSES).train()
+    weights = trainable(network)
+    optimiser = make_optimiser(weights, settings)
+    rng = np.random.default_rng(0)
+
+    def step():
+        cells = rng.choice(len(tokens), settings.batch_size, replace=False)
+        _, logits = network(*to_device(tokens.padded(cells), "cpu"))
+        classification(logits, torch.arange(len(cells)) % N_CLASSES, 0.1).backward()
+        torch.nn.utils.clip_grad_norm_(list(weights.values()), settings.clip)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    def torchs(self, values):
+        return F.dropout(values, self.p, self.training)
+
+    ways = {
+        "perturbret": (Dropout.forward, model_module.PART_TOKENS),
+        "torch's dropout": (torchs, model_module.PART_TOKENS),
+        "whole batches": (Dropout.forward, 10**9),
+        "both": (torchs, 10**9),
+    }
+    seconds = {way: [] for way in ways}
+    for number in range(options.rounds + 2):
+        for way, (dropout, part) in ways.items():
+            with patch.object(Dropout, "forward", dropout), patch.object(model_module, "PART_TOKENS", part):
+                before = time.process_time()
+                step()
+                if number > 1:  # the first ones warm up
+                    seconds[way].append(time.process_time() - before)
+    for way, took in seconds.items():
+        ratio = statistics.median(np.divide(took, seconds["perturbret"]))
+        rate = settings.batch_size / statistics.median(took)
+        print(f"{way:16s} {rate:7.0f} cells per CPU second   {ratio:.2f} x the CPU time of perturbret")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
