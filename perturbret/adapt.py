@@ -55,6 +55,7 @@ def adapt_trunk(
         np.concatenate([[0], np.cumsum(tokens.lengths - 1)]),
         np.sort(trunk.token_ids[trunk.token_ids >= 0]),
         held_out_cells(cells.names),
+        tokens.hash,
     )
     shape = trunk.network.shape
     plan = Plan(
@@ -73,17 +74,13 @@ def adapt_trunk(
         [part], trunk.vocabulary, plan, seed=seed, start=trunk.network.state_dict(), report=report
     )
     network = made.network.to(trunk.network.encoder.embedding.weight.device)
-    for theirs, ours in zip(
-        network.transformer_encoder["layers"], trunk.network.transformer_encoder["layers"], strict=True
-    ):
-        theirs.self_attn.dropout = ours.self_attn.dropout
     last = made.history.iloc[-1]
     adapted = {
         "steps": steps,
         "learning_rate": learning_rate,
         "cells": len(cells),
         "held_out_gene": float(last["gene"]),
-        "held_out_mean": float(last["mean"]),
+        "held_out_mean": float(last["mean"]) if np.isfinite(last["mean"]) else None,
         "sha256": fingerprint(network),
     }
     return dataclasses.replace(trunk, network=network, origin={**trunk.origin, "adapted": adapted})

@@ -85,9 +85,10 @@ def add_lora(
     chosen = sorted(set(layers)) or list(range(n_layers))
     if chosen[0] < 0 or chosen[-1] >= n_layers:
         raise ValueError(f"lora_layers: expected positions from 0 to {n_layers - 1}, got {list(layers)}")
-    if not 1 <= rank <= min(network.shape.d_model, network.shape.d_hid) or not alpha > 0:
+    width = min(network.shape.d_model, network.shape.d_hid)
+    if not 1 <= rank <= width or not alpha > 0:
         raise ValueError(
-            f"lora: expected a rank from 1 to the width {network.shape.d_model} and alpha above 0, got {rank}, {alpha}"
+            f"lora: expected a rank from 1 to the least width {width} and alpha above 0, got {rank}, {alpha}"
         )
     # Anchored at both ends: bare names would also hit value_encoder.linear1 and linear2.
     names = "|".join(re.escape(TARGETS[name]) for name in targets)

@@ -10,12 +10,15 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` when the block ends well.
 
     Works for a file or a directory that the block makes at the temporary path. A directory replaces an
     existing directory; whatever stood at `path` is gone only after the new one is complete on disk. When
     the block raises, the temporary is removed and `path` is as it was.
+
+    keep : when the block ends, what another process has put at `path` meanwhile stays, and the temporary goes: for
+    places named by their content, which somebody may be reading.
 
     Raises
     ------
@@ -31,7 +34,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             raise FileNotFoundError(f"nothing was written to {temporary.name}, which was to become {path}")
         for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             _fsync(file)
-        if temporary.is_dir() and path.is_dir():
+        if keep:
+            _move_unless_there(temporary, path)
+        elif temporary.is_dir() and path.is_dir():
             retired = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
             os.replace(path, retired)
             os.replace(temporary, path)
@@ -44,6 +49,16 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _move_unless_there(temporary: Path, path: Path) -> None:
+    if path.exists():
+        return
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if not path.exists():  # else another process was first, since the look above
+            raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -18,6 +18,7 @@ from .vocabulary import NO_TOKEN, SPECIALS, Vocabulary, map_genes
 
 _WHOLE = 1_000_000  # no cell has as many genes
 _HELD_OUT = 20  # one cell of so many
+_CODE = ("corpus.py", "hashing.py", "tokens.py")  # from counts to tokens and values
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Part:
         Token ids of all genes that the dataset measures.
     held_out : ndarray of bool, shape (n_cells,)
         Cells that no step of training sees; chosen by dataset and position.
+    hash : str
+        Of all that the tokens were made from.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Part:
     indptr: np.ndarray
     measured: np.ndarray
     held_out: np.ndarray
+    hash: str
 
     def cell(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and values of one cell."""
@@ -116,14 +120,17 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
         raise ValueError(
             f"{reference.name}: expected genes of the vocabulary, found none of {len(token_ids)}"
         )
-    digest = hashlib.sha256(Path(__file__).read_bytes() + vocabulary.hash.encode())
-    digest.update(token_ids.tobytes())
-    for counts, _ in reference.chunks():  # a file of the same name may have other cells
+    digest = hashlib.sha256(vocabulary.hash.encode() + token_ids.tobytes())
+    for name in _CODE:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    for counts, totals in reference.chunks():  # a file of the same name may have other cells
         digest.update(np.ascontiguousarray(counts.data).data)
         digest.update(counts.indices.astype(np.int64).tobytes())
+        digest.update(counts.indptr.astype(np.int64).tobytes())
+        digest.update(b"" if totals is None else np.asarray(totals, np.float64).tobytes())
     path = directory / f"corpus-{reference.name}-{digest.hexdigest()[:12]}"
     if not path.exists():
-        with replacing(path) as temporary:
+        with replacing(path, keep=True) as temporary:
             temporary.mkdir()
             _write(reference, token_ids, vocabulary, temporary)
     n = json.loads((path / "sizes.json").read_text())
@@ -135,6 +142,7 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
         indptr,
         measured,
         held_out_cells(f"{reference.name} {i}" for i in range(len(indptr) - 1)),
+        digest.hexdigest(),
     )
 
 

@@ -20,7 +20,7 @@ from .adapters import trainable
 from .atomic import replacing
 from .batches import plan_batches, share
 from .model import Model, autocast, embed_rows, to_device
-from .optimise import joint_loss, make_optimiser, norms_by_part, rates, schedule
+from .optimise import joint_loss, make_optimiser, n_epochs, norms_by_part, rates, schedule
 from .settings import Settings
 
 COLLAPSED = 1e-5  # spread of embeddings over their length, below which they count as all alike
@@ -59,11 +59,14 @@ class Outcome:
         Whose weights the model has now.
     gradients : dict of name to float
         Mean norm of the gradient of each trained tensor over all steps.
+    n_steps : int
+        How many these were.
     """
 
     history: pd.DataFrame
     best_epoch: int
     gradients: dict[str, float]
+    n_steps: int
 
 
 def train(
@@ -168,12 +171,8 @@ def train(
             weight.copy_(best["weights"][name])
     model.eval()
     table = pd.DataFrame(history)
-    return Outcome(table, best["epoch"], {name: total / len(history) for name, total in sums.items()})
-
-
-def n_epochs(settings: Settings, n_steps: int) -> int:
-    """Most epochs of `n_steps` steps each: `epochs`, or the number that comes nearest to `steps`."""
-    return max(1, min(settings.epochs, round(settings.steps / n_steps)))
+    gradients = {name: total / len(history) for name, total in sums.items()}
+    return Outcome(table, best["epoch"], gradients, len(history) * n_steps)
 
 
 def spread(embeddings: np.ndarray) -> float:

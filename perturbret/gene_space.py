@@ -155,7 +155,7 @@ def check_gene_space(
     GeneSpaceMismatch
         Names the first genes that differ, and whether only the order does.
     """
-    expected, got = (list(map(str, getattr(genes, "names", genes))) for genes in (checkpoint, data))
+    expected, got = (list(map(str, g.names if isinstance(g, GeneSpace) else g)) for g in (checkpoint, data))
     if expected == got:
         return
     differing = [i for i, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other]

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("classification", "contrastive", "both")
-
 
 def contrastive(embeddings: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """InfoNCE with all cells of an anchor's condition as positives, averaged over anchors that have one.

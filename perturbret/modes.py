@@ -29,10 +29,6 @@ from .trunk import Trunk, make_trunk
 from .validation import best_readout
 
 _PROOF_CELLS = 256
-# Modules that the course of a training depends on.
-_CODE = (
-    "adapters batches dropout finetune heads losses model modes monitor network optimise tokens trunk".split()
-)
 
 
 def fit_scgpt(
@@ -63,7 +59,7 @@ def fit_scgpt(
     cache : path, optional
         Directory for tokens and embeddings.
     state : path, optional
-        Directory where training keeps its state, and goes on from.
+        Directory where training keeps its state, and goes on from; for other code, give another.
     report : callable
         Gets lines of text.
 
@@ -163,9 +159,7 @@ def _fit(
                 )
             )
             proof = index[np.linspace(0, len(index) - 1, min(_PROOF_CELLS, len(index))).astype(int)]
-            checks[f"member{m}"] = prove(
-                model, trunk.network, sha256, tokens, proof, outcomes[-1].gradients, options
-            )
+            checks[f"member{m}"] = prove(model, trunk.network, sha256, tokens, proof, outcomes[-1], options)
         model.start = 0
         members.append(model.eval())
     shares = np.bincount(labels, minlength=len(classes)) / len(labels)
@@ -249,7 +243,7 @@ def _said(stops: list[int]) -> str:
 
 
 def _key(prepared, trunk: Trunk, options: Settings, seed, m, stop, labels, sha256) -> str:
-    """A hash of everything that training depends on."""
+    """A hash of everything but code that training depends on."""
     parts = [
         dataclasses.asdict(prepared.context),
         dataclasses.asdict(options),
@@ -261,7 +255,4 @@ def _key(prepared, trunk: Trunk, options: Settings, seed, m, stop, labels, sha25
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(labels.tobytes())
-    here = Path(__file__)
-    for name in _CODE:
-        digest.update(here.with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()

@@ -41,12 +41,14 @@ def make_validation(prepared: Prepared, model: Model, options: Settings, seed: i
 
     Read-out: the classifier; without one, cosine to the mean of training cells.
     """
+    # Cells of conditions without training cells are ranked too, and have no loss.
     val = by_name(prepared, prepared.where("val"))
-    val = val[np.isin(prepared.conditions[val], prepared.candidates)]
+    trained = np.isin(prepared.conditions[val], prepared.candidates)
+    val, others = val[trained], val[~trained]
     labels = np.searchsorted(prepared.candidates, prepared.conditions[val])
     by_class = options.loss != "contrastive"
     train_cells = np.empty(0, int) if by_class else prepared.where("train")
-    index = np.concatenate([val, train_cells])
+    index = np.concatenate([val, others, train_cells])
     sizes = {"batch_size": options.batch_size, "cells_per_condition": options.cells_per_condition}
     plan = plan_batches(labels, sampler=options.sampler, **sizes, seed=seed, epoch=0)
 

@@ -25,6 +25,11 @@ def make_optimiser(weights: dict, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups)
 
 
+def n_epochs(settings: Settings, n_steps: int) -> int:
+    """Most epochs of `n_steps` steps each: `epochs`, or the number that comes nearest to `steps`."""
+    return max(1, min(settings.epochs, round(settings.steps / n_steps)))
+
+
 def schedule(step: int, total: int, warmup: float) -> float:
     """Share of the peak learning rate at a step: a linear rise, then half a cosine down to 0."""
     rising = max(1, round(warmup * total))

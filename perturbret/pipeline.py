@@ -64,7 +64,9 @@ def fit_run(run: Run) -> pd.DataFrame:
     )
     write_table(run.directory / "validation.csv", validation)
     write_table(run.directory / "selection.csv", fitted.selection)
-    if fitted.history is not None:
+    if fitted.history is None:
+        (run.directory / "history.csv").unlink(missing_ok=True)
+    else:
         write_table(run.directory / "history.csv", fitted.history)
     write_text(run.directory / "params.yaml", yaml.safe_dump(run.params, sort_keys=False))
     fit = {
@@ -79,7 +81,7 @@ def fit_run(run: Run) -> pd.DataFrame:
     }
     write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment()})
     for name in ("encoder", "null_encoder"):
-        shutil.rmtree(_state(run, name), ignore_errors=True)
+        shutil.rmtree(_state(run, name).parent, ignore_errors=True)
     return fitted.selection
 
 
@@ -117,7 +119,8 @@ def _code(module: str) -> str:
 
 
 def _state(run: Run, name: str) -> Path:
-    return run.directory / f"training_{name}"
+    # Named by the code: what other code began is not gone on with.
+    return run.directory / f"training_{name}" / fit_code(run.params)[:16]
 
 
 def cache_directory(run: Run) -> Path:

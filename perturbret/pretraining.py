@@ -224,8 +224,7 @@ def _look(
 def _key(corpus, vocabulary: Vocabulary, plan: Plan, seed: int, start) -> str:
     digest = hashlib.sha256(json.dumps([asdict(plan), seed, vocabulary.hash]).encode())
     for part in corpus:
-        digest.update(part.indptr.tobytes())
-        digest.update(np.ascontiguousarray(part.genes[:: max(1, len(part.genes) // 100_000)]).tobytes())
+        digest.update(f"{part.name} {part.hash} ".encode())
     for name in sorted(start or {}):
         digest.update(start[name].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

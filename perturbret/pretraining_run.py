@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .atomic import write_json
+from .atomic import write_json, write_text
 from .checkpoint import load_checkpoint
 from .chunks import ChunkedCounts, chunked_screen
 from .corpus import Part, choose_vocabulary, make_corpus
@@ -89,7 +89,7 @@ def open_pretraining(
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     plan = dataclasses.replace(PRESETS[preset], **({"steps": steps} if steps else {}))
     root = outputs_root(outputs) / "pretrain"
-    found = load_references(references, names=names or [])
+    found = load_references(references, names=names or [], required=bool(names))
     simulated = not found
     if simulated:
         from .datasets import load_screen
@@ -102,7 +102,7 @@ def open_pretraining(
         "plan": dataclasses.asdict(plan),
         "seed": seed,
         "simulated": simulated,
-        "references": {part.name: len(part.held_out) for part in corpus},
+        "references": {part.name: part.hash for part in corpus},
         "vocabulary": vocabulary.hash,
     }
     directory = root / f"{preset}-seed{seed}"
@@ -128,7 +128,8 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
     started = time.perf_counter()
     run.directory.mkdir(parents=True, exist_ok=True)
     (run.directory / "manifest.json").unlink(missing_ok=True)
-    state = run.directory / "training.pt"
+    # Named by the code: what other code began is not gone on with.
+    state = run.directory / f"training-{code[:12]}.pt"
     result = pretrain(run.corpus, run.vocabulary, run.plan, seed=run.seed, state=state, report=report)
     save_pretrained(place, result, run.vocabulary)
     write_table(run.directory / "history.csv", result.history)
@@ -141,7 +142,8 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
         "environment": environment(),
     }
     write_json(run.directory / "manifest.json", content)
-    state.unlink(missing_ok=True)
+    for left in run.directory.glob("training-*.pt"):
+        left.unlink(missing_ok=True)
     return result
 
 
@@ -159,9 +161,12 @@ def read_pretrained(directory: Path) -> PretrainedNetwork:
 
 
 def ship(directory: Path, target: Path) -> None:
-    """Write a finished run's checkpoint in half precision to `target`, as the package carries it."""
-    made = read_pretrained(directory)
+    """Write a finished run's checkpoint in half precision to `target`, as the package carries it; a card stays."""
+    made, card = read_pretrained(directory), target / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else None
     save_pretrained(target, made, load_vocabulary(directory / CHECKPOINT), half=True)
+    if text is not None:
+        write_text(card, text)
 
 
 def _main(arguments: list[str]) -> None:

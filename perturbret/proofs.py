@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .adapters import is_adapter, merge_lora, trainable
+from .finetune import Outcome
 from .model import Model, embed_rows
 from .network import ScGPT, fingerprint
 from .settings import Settings
@@ -24,7 +25,7 @@ def prove(
     original_sha256: str,
     tokens: Tokens,
     index: np.ndarray,
-    gradients: dict[str, float],
+    outcome: Outcome,
     options: Settings,
 ) -> dict:
     """Check one trained member against the network that it started from.
@@ -39,8 +40,8 @@ def prove(
     tokens : Tokens
     index : ndarray of int
         Cells to compare embeddings of.
-    gradients : dict of name to float
-        Mean gradient norm of each trained tensor over training.
+    outcome : Outcome
+        Of its training.
     options : Settings
 
     Returns
@@ -57,8 +58,11 @@ def prove(
         A trained tensor never got a gradient; the embedding did not change although the network was trained, or did
         although it was not; merging changes the embedding; a frozen weight changed.
     """
-    trained = trainable(model)
+    trained, gradients = trainable(model), outcome.gradients
     silent = sorted(name for name in trained if not gradients.get(name, 0.0) > 0)
+    if outcome.n_steps == 1:
+        # An adapter's A gets its gradient through B, which is 0 until the first step is made.
+        silent = [name for name in silent if ".lora_A." not in name]
     if silent:
         raise ProofFailed(
             f"expected a gradient in each of {len(trained)} trained tensors, {len(silent)} never got one: "
@@ -85,7 +89,7 @@ def prove(
 
 
 def _cells(network: ScGPT, model: Model, tokens: Tokens, index: np.ndarray, options: Settings) -> np.ndarray:
-    whole = Model(network, None, pooling=model.pooling, normalise=False, start=0)
+    whole = Model(network, None, pooling=model.pooling, normalise=False, start=0).eval()
     return embed_rows(whole, tokens, index, precision=options.precision)[0]
 
 

@@ -165,7 +165,8 @@ def read_settings(given: Mapping) -> Settings:
         text to YAML: write 1.0e4), a value out of range.
     """
     defaults = Settings()
-    values = dict(MODE_DEFAULTS.get(given.get("mode", defaults.mode), {}))
+    mode = given.get("mode", defaults.mode)
+    values = dict(MODE_DEFAULTS.get(mode, {})) if isinstance(mode, str) else {}
     for name, value in given.items():
         if name not in {field.name for field in dataclasses.fields(Settings)}:
             known = ", ".join(field.name for field in dataclasses.fields(Settings))

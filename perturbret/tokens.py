@@ -160,13 +160,9 @@ def tokenize(
     key = _key(cells, token_ids, vocabulary, settings)
     path = Path(directory) / f"tokens-{key[:16]}"
     if not path.exists():
-        try:
-            with replacing(path) as temporary:
-                temporary.mkdir()
-                _store(temporary, key, cells, token_ids, vocabulary, settings)
-        except OSError:
-            if not path.exists():  # else another process was first, with the same content
-                raise
+        with replacing(path, keep=True) as temporary:
+            temporary.mkdir()
+            _store(temporary, key, cells, token_ids, vocabulary, settings)
     arrays = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("genes", "values", "indptr"))
     return Tokens(*arrays, len(vocabulary), vocabulary.ids[PAD], pad_value)
 

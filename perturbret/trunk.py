@@ -63,7 +63,7 @@ def make_trunk(
     seed : int
         Of random weights.
     dropout : float, optional
-        In place of the checkpoint's. Attention weights are never dropped.
+        In place of the checkpoint's.
     report : callable
         Gets what was loaded, as text.
 
@@ -99,9 +99,6 @@ def make_trunk(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ScGPT(shape).eval()
-    for layer in network.transformer_encoder["layers"]:
-        # Dropping attention weights takes torch off its fused kernel, three times the time on a CPU.
-        layer.self_attn.dropout = 0.0
     if init == "pretrained":
         weights = dict(loaded.network.state_dict())
         weights["encoder.embedding.weight"] = weights["encoder.embedding.weight"][torch.from_numpy(rows)]

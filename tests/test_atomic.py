@@ -51,3 +51,16 @@ def test_json_refuses_what_json_cannot_carry(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_what_another_process_put_there_meanwhile_may_be_kept(tmp_path):
+    for there in (True, False):
+        place = tmp_path / f"named-by-content-{there}"
+        with replacing(place, keep=True) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text("mine")
+            if there:
+                place.mkdir()
+                (place / "file").write_text("theirs")
+        assert (place / "file").read_text() == ("theirs" if there else "mine")
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -8,9 +8,9 @@ from toy import tiny_model, tiny_tokens
 
 from perturbret import finetune
 from perturbret.adapters import trainable
-from perturbret.finetune import COLLAPSED, TrainingFailed, Validation, n_epochs, spread, train
+from perturbret.finetune import COLLAPSED, TrainingFailed, Validation, spread, train
 from perturbret.model import embed_rows, run_lower
-from perturbret.optimise import schedule
+from perturbret.optimise import n_epochs, schedule
 from perturbret.settings import Settings
 
 TOKENS = tiny_tokens(80)

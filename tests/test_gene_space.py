@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from perturbret.gene_space import (
@@ -143,6 +144,7 @@ def test_no_file_and_no_json_are_refused(tmp_path):
 def test_an_unchanged_space_passes_and_a_hash_tells_order():
     check_gene_space(space(), ["C", "A", "B"])
     check_gene_space(["C", "A", "B"], space(ensembl_ids=(None,) * 3))
+    check_gene_space(pd.Index(["C", "A", "B"]), space())
     assert hash_genes("CAB") == space().hash != hash_genes("ABC")
 
 
@@ -151,6 +153,7 @@ def test_an_unchanged_space_passes_and_a_hash_tells_order():
     [
         (["C", "X", "Y"], "position 1: A against X, position 2: B against Y; remap"),
         (["A", "B", "C"], "position 0: C against A.*the genes are the same in another order"),
+        (pd.Index(["C", "A", "X"]), "position 2: B against X"),
         (
             ["C", "A"],
             "the checkpoint has 3 genes, the data 2.*from position 2 on only the checkpoint has genes: B",

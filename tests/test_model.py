@@ -6,7 +6,7 @@ import torch
 
 from perturbret.adapters import add_lora, freeze
 from perturbret.heads import Head
-from perturbret.model import Hidden, Model, Rows, best_device, blocks, embed_rows, run_lower
+from perturbret.model import Hidden, Model, Rows, best_device, blocks, embed_rows, run_lower, to_device
 from perturbret.network import embed
 from perturbret.tokens import tokenize
 from perturbret.trunk import make_trunk
@@ -54,6 +54,30 @@ def test_all_ways_give_the_same(trunk, tokens, head, pooling):
         found, scores = embed_rows(model_from(trunk, head, start, pooling), source, INDEX)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         np.testing.assert_allclose(scores, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_parts_of_a_batch_give_what_the_whole_does(trunk, tokens, monkeypatch, start, pooling):
+    source = run_lower(trunk.network, tokens, start) if start else tokens
+    model = model_from(trunk, None, start, pooling).eval()
+    block = to_device(source.padded(np.arange(40)), "cpu")
+    assert block[2] is not None and len(np.unique(tokens.lengths[:40])) > 5
+
+    def outcome():
+        model.zero_grad()
+        cells = model(*block)[0]
+        (cells * torch.arange(40.0)[:, None]).sum().backward()
+        return cells, trunk.network.transformer_encoder["layers"][1].linear1.weight.grad
+
+    whole, gradient = outcome()
+    sizes, inner = [], model._run
+    monkeypatch.setattr("perturbret.model.PART_TOKENS", 50)
+    monkeypatch.setattr(model, "_run", lambda *part: sizes.append(part[0].shape[:2]) or inner(*part))
+    parts, gradient_of_parts = outcome()
+    assert len(sizes) > 5 and len({length for _, length in sizes}) > 3
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient_of_parts, gradient, atol=1e-3, rtol=1e-4)
 
 
 def test_without_a_head_cells_are_what_the_network_embeds(trunk, tokens):

@@ -1,5 +1,7 @@
 """Each mode from counts to a proven encoder, on a tiny simulated screen and a tiny checkpoint."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -244,12 +246,16 @@ def test_a_search_goes_on_after_a_kill(fit, tiny_prepared, tmp_path):
     np.testing.assert_array_equal(resumed.encoder.embed(cells), whole.encoder.embed(cells))
 
 
-def test_changed_code_does_not_go_on_from_an_old_state(fit, tmp_path, monkeypatch):
-    fit(mode="head", state=tmp_path / "state")
-    monkeypatch.setattr(modes, "_CODE", modes._CODE[1:])
-    lines = []
-    fit(mode="head", state=tmp_path / "state", report=lines.append)
-    assert not any("resumed" in line for line in lines)
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_validation_cells_of_conditions_that_were_not_trained(fit, tiny_prepared, mode):
+    gone = tiny_prepared.candidates[0]
+    roles = np.where(
+        (tiny_prepared.roles == "train") & (tiny_prepared.conditions == gone), "other", tiny_prepared.roles
+    )
+    assert ((roles == "val") & (tiny_prepared.conditions == gone)).any()
+    fewer = dataclasses.replace(tiny_prepared, roles=roles, candidates=tiny_prepared.candidates[1:])
+    history = fit(fewer, mode=mode).history
+    assert np.isfinite(history[["val_loss", "val_exact_hit@1"]]).all(axis=None)
 
 
 def test_a_search_takes_the_best_on_validation(fit):

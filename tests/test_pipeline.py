@@ -131,11 +131,30 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_no_state(
         patch.setattr(pipeline, "null_twin", lambda run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit_run(run)
-    assert list(run.directory.glob("training_encoder/training-*.pt")) and not run.manifest
+    assert list(run.directory.glob("training_encoder/*/training-*.pt")) and not run.manifest
+    # Other code does not go on from it.
     capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_code", lambda module: "0" * 64)
+        patch.setattr(pipeline, "null_twin", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit_run(run)
+    assert "resumed" not in capsys.readouterr().out
     fit_run(run)
     assert capsys.readouterr().out.count("resumed after epoch 2") == 1
     assert not list(run.directory.glob("training_*"))
+
+
+def test_curves_of_another_training_do_not_stay(copied, screen, tiny_checkpoint):
+    assert (copied.directory / "history.csv").exists()
+    frozen = {"checkpoint": str(tiny_checkpoint), "mode": "frozen"}
+    outputs = str(copied.directory.parents[1])
+    fit_run(
+        open_run(
+            screen, **REQUEST, settings=frozen, train_share=0.5, outputs=outputs, run=NAME, overwrite=True
+        )
+    )
+    assert not (copied.directory / "history.csv").exists()
 
 
 @pytest.mark.parametrize("searched", [False, True])

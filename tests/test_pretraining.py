@@ -8,15 +8,17 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
+from perturbret import pretraining_run
 from perturbret.checkpoint import load_checkpoint
 from perturbret.chunks import ChunkedCounts
 from perturbret.corpus import choose_vocabulary, make_corpus
 from perturbret.decoders import Decoders
+from perturbret.fetch import DataNotFound
 from perturbret.finetune import TrainingFailed
 from perturbret.masked_values import HIDDEN, PAD_VALUE, draw_batch, losses
 from perturbret.network import ScGPT, Shape
 from perturbret.pretraining import PRESETS, Plan, pretrain, save_pretrained
-from perturbret.pretraining_run import open_pretraining, read_pretrained, run_pretraining
+from perturbret.pretraining_run import open_pretraining, read_pretrained, run_pretraining, ship
 from perturbret.runs import RunExists
 from perturbret.vocabulary import SPECIALS, Vocabulary
 
@@ -24,12 +26,12 @@ GENES = np.array([f"G{i}" for i in range(30)])
 PLAN = Plan(d_model=16, n_heads=2, d_hid=16, n_layers=1, steps=8, batch_cells=8, max_length=20, check_every=4)
 
 
-def reference(name="ref", n_cells=60, genes=GENES, seed=0):
+def reference(name="ref", n_cells=60, genes=GENES, seed=0, totals=None):
     counts = csr_matrix(np.random.default_rng(seed).poisson(1.0, (n_cells, len(genes))).astype(np.float32))
 
     def read(size):
         for start in range(0, n_cells, size):
-            yield counts[start : start + size], None
+            yield counts[start : start + size], None if totals is None else totals[start : start + size]
 
     return ChunkedCounts(name, genes, None, n_cells, read), counts
 
@@ -69,6 +71,16 @@ def test_a_corpus_of_other_cells_is_made_anew(vocabulary, tmp_path):
     first = make_corpus([reference(seed=0)[0]], vocabulary, directory=tmp_path)[0]
     second = make_corpus([reference(seed=5)[0]], vocabulary, directory=tmp_path)[0]
     assert first.indptr[-1] != second.indptr[-1] or (first.genes != second.genes).any()
+    assert first.hash != second.hash
+
+
+def test_a_corpus_of_other_totals_is_made_anew(vocabulary, tmp_path):
+    first, second = (
+        make_corpus([reference(totals=np.full(60, total))[0]], vocabulary, directory=tmp_path)[0]
+        for total in (100.0, 200.0)
+    )
+    np.testing.assert_array_equal(first.genes, second.genes)
+    assert (first.values > second.values).all() and first.hash != second.hash
 
 
 def test_corpus_needs_references_and_genes(vocabulary, tmp_path):
@@ -220,10 +232,33 @@ def test_a_run_without_reference_cells_says_simulated_and_is_reused(tmp_path, mo
     )
     assert torch.equal(made.network.encoder.embedding.weight, again.network.encoder.embedding.weight)
     assert read_pretrained(run.directory).history["step"].tolist() == made.history["step"].tolist()
+    card = tmp_path / "shipped" / "README.md"
+    card.parent.mkdir()
+    card.write_text("what it is")
+    ship(run.directory, card.parent)
+    assert card.read_text() == "what it is"
+    assert len(load_checkpoint(card.parent, report=lambda text: None).account.loaded) > 10
     with pytest.raises(RunExists, match="the run there has plan"):
         open_pretraining("tiny", steps=3, outputs=str(tmp_path))
     with pytest.raises(ValueError, match="preset: expected one of tiny, full, got 'huge'"):
         open_pretraining("huge", outputs=str(tmp_path))
+
+
+def test_other_cells_under_the_same_name_are_another_run(tmp_path, monkeypatch):
+    found = [reference(seed=0)[0]]
+    monkeypatch.setattr(pretraining_run, "load_references", lambda path, **keywords: found)
+    monkeypatch.setattr(pretraining_run, "load_vocabulary", lambda: Vocabulary((*GENES, *SPECIALS), "test"))
+    options = {"steps": 2, "outputs": str(tmp_path)}
+    run_pretraining(open_pretraining("tiny", **options), report=lambda text: None)
+    found[0] = reference(seed=5)[0]
+    with pytest.raises(RunExists, match="the run there has references"):
+        open_pretraining("tiny", **options)
+
+
+def test_a_dataset_asked_for_by_name_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERTURBRET_DATA", str(tmp_path))
+    with pytest.raises(DataNotFound):
+        open_pretraining("tiny", names=["pbmc_10x_soupx"], outputs=str(tmp_path))
 
 
 def test_presets_are_plans():

@@ -83,7 +83,7 @@ def test_curves_and_the_table_of_the_corpus():
     assert [len(axis.lines) for axis in figure.axes] == [1, 4]
     plt.close(figure)
     held_out = np.array([True, False, False])
-    part = Part("ref", np.zeros(9), np.zeros(9), np.array([0, 2, 5, 9]), np.arange(7), held_out)
+    part = Part("ref", np.zeros(9), np.zeros(9), np.array([0, 2, 5, 9]), np.arange(7), held_out, "")
     table = corpus_table(SimpleNamespace(corpus=[part]))
     assert table.loc["ref"].tolist() == [3, 1, 7, 3]
 

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,6 +12,7 @@ from toy import tiny_tokens
 
 from perturbret import proofs
 from perturbret.adapters import add_lora, freeze, merge_lora, trainable, unfreeze_last
+from perturbret.finetune import Outcome
 from perturbret.heads import Head
 from perturbret.model import Model
 from perturbret.network import ScGPT, Shape, fingerprint
@@ -47,10 +49,11 @@ def tuned(model):
     return model
 
 
-def check(model, original, *, sha256=None, gradients=None, **options):
+def check(model, original, *, sha256=None, gradients=None, n_steps=9, **options):
     gradients = dict.fromkeys(trainable(model), 1.0) if gradients is None else gradients
     sha256 = fingerprint(original) if sha256 is None else sha256
-    return prove(model, original, sha256, TOKENS, INDEX, gradients, Settings(**options))
+    outcome = Outcome(pd.DataFrame(), 1, gradients, n_steps)
+    return prove(model, original, sha256, TOKENS, INDEX, outcome, Settings(**options))
 
 
 def test_an_honest_training_passes():
@@ -94,6 +97,25 @@ def test_a_tensor_without_gradient_fails(norm):
         del gradients[first]
     with pytest.raises(ProofFailed, match=f"expected a gradient in each of 13 .* 1 never got one: {first}"):
         check(model, original, gradients=gradients)
+
+
+def test_a_single_step_gives_the_first_half_of_an_adapter_no_gradient():
+    original = original_of()
+    model = tuned(make(original))
+    gradients = {name: 0.0 if ".lora_A." in name else 1.0 for name in trainable(model)}
+    assert sum(norm == 0 for norm in gradients.values()) == 4
+    assert check(model, original, gradients=gradients, n_steps=1)["embedding_change"] > 0
+    with pytest.raises(ProofFailed, match="4 never got one: .*lora_A"):
+        check(model, original, gradients=gradients, n_steps=2)
+    other = sorted(name for name in gradients if ".lora_B." in name)[0]
+    with pytest.raises(ProofFailed, match="1 never got one: .*lora_B"):
+        check(model, original, gradients={**gradients, other: 0.0}, n_steps=1)
+
+
+def test_the_networks_mode_is_left_as_it_was():
+    original = original_of()
+    check(tuned(make(original)), original)
+    assert not original.training
 
 
 def test_adapters_on_a_module_that_is_never_called_fail():
