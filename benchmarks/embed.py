@@ -1,4 +1,4 @@
-"""Cells per second of `perturbret.network.embed` against the scgpt package, with the same weights on the same cells.
+"""Cells per second of `perturbret.model.embed` against the scgpt package, with the same weights on the same cells.
 
     PERTURBRET_DATA=... python benchmarks/embed.py [--device cpu|cuda] [--precision float32|bfloat16] [--cells 6]
 
@@ -38,9 +38,10 @@ import torch
 from perturbret import embeddings
 from perturbret.binning import bin_values
 from perturbret.checkpoint import load_checkpoint, save_checkpoint
-from perturbret.network import ScGPT, Shape, embed
+from perturbret.model import embed
+from perturbret.network import ScGPT, Shape
 from perturbret.prepare import Cells
-from perturbret.tokens import tokenize
+from perturbret.tokens import like_batches, tokenize
 from perturbret.vocabulary import PAD, load_vocabulary, map_genes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +217,7 @@ class Official:
         """The official network on our tokens and batches, scaled to length 1."""
         found = np.empty((len(tokens), 512), np.float32)
         with torch.no_grad():
-            for index in tokens.batches(batch_tokens):
+            for index in like_batches(tokens.lengths, batch_tokens):
                 genes, values, padding = tokens.padded(index)
                 padding = np.zeros(genes.shape, bool) if padding is None else padding
                 block = (torch.from_numpy(array).to(self.device) for array in (genes, values, padding))

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from .atomic import replacing, write_json
-from .network import ScGPT, embed, fingerprint
+from .model import embed
+from .network import ScGPT, fingerprint
 from .tokens import Tokens
 
-_CODE = ("network.py", "tokens.py")  # from tokens to embeddings
+_CODE = ("model.py", "network.py", "tokens.py")  # from tokens to embeddings
 _SETTING = (bool, int, float, str, type(None))
 
 
@@ -30,7 +31,7 @@ def cached_embed(
     precision: str = "float32",
     batch_tokens: int = 16384,
 ) -> np.ndarray:
-    """`perturbret.network.embed`, read from `directory` where the same was computed before.
+    """`perturbret.model.embed`, read from `directory` where the same was computed before.
 
     The same: `embedding_key`. Not part of it are `batch_tokens`, the device and the number of threads, on which
     embeddings depend by rounding alone; the second call gives the bits that the first one got. Several processes may
@@ -43,7 +44,7 @@ def cached_embed(
     directory : path
         Gets `embeddings-<key>.npy` and `embeddings-<key>.json`.
     normalise, pooling, precision, batch_tokens
-        Of `perturbret.network.embed`.
+        Of `perturbret.model.embed`.
 
     Returns
     -------

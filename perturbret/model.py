@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from .heads import Head
 from .network import PRECISIONS, ScGPT
-from .tokens import Tokens, block_positions
+from .tokens import Tokens, block_positions, like_batches
 
 BATCH_TOKENS = 16384
-PART_TOKENS = 1024  # smaller parts cost more in calls than they save in padding and in trips to memory
+PART_TOKENS = (
+    1024  # on a CPU; smaller parts cost more in calls than they save in padding and in trips to memory
+)
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,17 @@ class Model(nn.Module):
         """Cell embeddings, (cells, d_model), as the network gives them."""
         if self.start is None:
             return first
-        if padding is None or padding.numel() < 2 * PART_TOKENS:
+        size = PART_TOKENS if first.device.type == "cpu" else BATCH_TOKENS
+        if padding is None or padding.numel() < 2 * size:
             return self._run(first, values, padding)
         # A batch drawn at random holds short and long cells: computed in parts of like length, without most padding.
         lengths = (~padding).sum(dim=1)
         order = lengths.argsort()
         done = []
-        for part in order.chunk(padding.numel() // PART_TOKENS):
+        for part in order.chunk(padding.numel() // size):
             width = int(lengths[part[-1]])
-            cut = [None if whole is None else whole[part, :width] for whole in (first, values, padding)]
-            done.append(self._run(*cut))
+            cut = [None if whole is None else whole[part, :width] for whole in (first, values)]
+            done.append(self._run(*cut, None if lengths[part[0]] == width else padding[part, :width]))
         return torch.cat(done)[order.argsort()]
 
     def _run(self, first: Tensor, values: Tensor | None, padding: Tensor | None) -> Tensor:
@@ -117,14 +120,10 @@ def blocks(
     source: Tokens | Hidden | Rows, index: np.ndarray, device, *, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator:
     """The cells at `index` in blocks of like length: positions in `index`, and what `Model` is called with."""
+    index = np.asarray(index)
     lengths = np.ones(len(index), int) if isinstance(source, Rows) else np.diff(source.indptr)[index]
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        chosen = order[start : start + size]
-        yield chosen, to_device(source.padded(np.asarray(index)[chosen]), device)
-        start += size
+    for chosen in like_batches(lengths, batch_tokens):
+        yield chosen, to_device(source.padded(index[chosen]), device)
 
 
 def best_device() -> torch.device:
@@ -137,8 +136,66 @@ def to_device(block: tuple, device) -> tuple[Tensor | None, ...]:
     return tuple(None if array is None else torch.from_numpy(array).to(device) for array in block)
 
 
+def embed(
+    network: ScGPT,
+    tokens: Tokens,
+    *,
+    normalise: bool,
+    pooling: str = "cls",
+    precision: str = "float32",
+    batch_tokens: int = BATCH_TOKENS,
+) -> np.ndarray:
+    """Embeddings of cells in evaluation mode, on the device that the network is on.
+
+    Cells of like length share a batch, so that little is computed for padding. In float32 a cell's embedding does
+    not depend, beyond rounding, on the cells beside it.
+
+    Parameters
+    ----------
+    network : ScGPT
+    tokens : Tokens
+    normalise : bool
+        Scale each embedding to length 1, as the official cell embedding is.
+    pooling : str
+        `cls` or `mean`.
+    precision : str
+        `float32`, or `bfloat16` for matrix products; sums and norms stay float32.
+    batch_tokens : int
+        Tokens in a batch, padding included.
+
+    Returns
+    -------
+    ndarray of float32, shape (len(tokens), d_model)
+
+    Raises
+    ------
+    ValueError
+        `precision` or `pooling` is unknown, a token is not in the network's vocabulary, or the tokens' padding is not
+        the network's.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    shape = network.shape
+    if tokens.n_tokens != shape.n_tokens or tokens.pad_id != shape.pad_id:
+        raise ValueError(
+            f"tokens: expected a vocabulary of {shape.n_tokens} with padding {shape.pad_id}, got one of "
+            f"{tokens.n_tokens} with padding {tokens.pad_id}"
+        )
+    if not len(tokens):
+        return np.empty((0, shape.d_model), np.float32)
+    model = Model(network, None, pooling=pooling, normalise=normalise).train(network.training)
+    return embed_rows(model, tokens, np.arange(len(tokens)), precision=precision, batch_tokens=batch_tokens)[
+        0
+    ]
+
+
 def embed_rows(
-    model: Model, source: Tokens | Hidden | Rows, index: np.ndarray, *, precision: str = "float32"
+    model: Model,
+    source: Tokens | Hidden | Rows,
+    index: np.ndarray,
+    *,
+    precision: str = "float32",
+    batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Retrieval embeddings and logits of the cells at `index` in evaluation mode, float32."""
     device = next(model.parameters()).device
@@ -147,7 +204,7 @@ def embed_rows(
     embeddings, logits = None, None
     try:
         with torch.inference_mode(), autocast(device, precision):
-            for chosen, block in blocks(source, index, device):
+            for chosen, block in blocks(source, index, device, batch_tokens=batch_tokens):
                 z, scores = model(*block)
                 if embeddings is None:
                     embeddings = np.empty((len(index), z.shape[1]), np.float32)

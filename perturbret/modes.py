@@ -15,9 +15,9 @@ from .adapt import adapt_trunk
 from .baselines import Fitted
 from .embeddings import cached_embed
 from .finetune import Outcome, train
-from .model import Model, Rows, best_device, run_lower
+from .model import Model, Rows, best_device, embed, run_lower
 from .monitor import make_validation
-from .network import embed, fingerprint
+from .network import fingerprint
 from .prepare import UNLABELLED, Prepared
 from .pretrained import find_checkpoint
 from .proofs import prove

@@ -10,13 +10,11 @@ Source: Cui et al., scGPT, Nature Methods 2024; scgpt 0.2.4, `scgpt.model.Transf
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import Dropout
-from .tokens import Tokens
 
 POOLINGS = ("cls", "mean")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -200,75 +198,6 @@ def _each(module: nn.Module, ids: Tensor) -> Tensor:
 
 def _real(padding: Tensor | None) -> Tensor | None:
     return None if padding is None else ~padding[:, None, None, :]
-
-
-def embed(
-    network: ScGPT,
-    tokens: Tokens,
-    *,
-    normalise: bool,
-    pooling: str = "cls",
-    precision: str = "float32",
-    batch_tokens: int = 16384,
-) -> np.ndarray:
-    """Embeddings of cells in evaluation mode, on the device that the network is on.
-
-    Cells of like length share a batch, so that little is computed for padding. In float32 a cell's embedding does
-    not depend, beyond rounding, on the cells beside it.
-
-    Parameters
-    ----------
-    network : ScGPT
-    tokens : Tokens
-    normalise : bool
-        Scale each embedding to length 1, as the official cell embedding is.
-    pooling : str
-        `cls` or `mean`.
-    precision : str
-        `float32`, or `bfloat16` for matrix products; sums and norms stay float32.
-    batch_tokens : int
-        Tokens in a batch, padding included.
-
-    Returns
-    -------
-    ndarray of float32, shape (len(tokens), d_model)
-
-    Raises
-    ------
-    ValueError
-        `precision` or `pooling` is unknown, a token is not in the network's vocabulary, or the tokens' padding is not
-        the network's.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    shape = network.shape
-    if tokens.n_tokens != shape.n_tokens or tokens.pad_id != shape.pad_id:
-        raise ValueError(
-            f"tokens: expected a vocabulary of {shape.n_tokens} with padding {shape.pad_id}, got one of "
-            f"{tokens.n_tokens} with padding {tokens.pad_id}"
-        )
-    device = network.encoder.embedding.weight.device
-    embeddings = np.empty((len(tokens), shape.d_model), np.float32)
-    was_training = network.training
-    network.eval()
-    try:
-        # One autocast for all batches: it keeps the weights that it casts.
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16, enabled=PRECISIONS[precision] is not None),
-        ):
-            for index in tokens.batches(batch_tokens):
-                genes, values, padding = (
-                    None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
-                    for array in tokens.padded(index)
-                )
-                cells = network(genes, values, padding, pooling=pooling).float()
-                if normalise:
-                    cells = F.normalize(cells, dim=1)
-                embeddings[index] = cells.cpu().numpy()
-    finally:
-        network.train(was_training)
-    return embeddings
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from .checkpoint import load_checkpoint
 from .figures import new_figure
-from .network import ScGPT, embed
+from .model import embed
+from .network import ScGPT
 from .prepare import Cells
 from .pretraining import PretrainedNetwork
 from .pretraining_run import CHECKPOINT, Pretraining

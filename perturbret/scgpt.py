@@ -15,8 +15,8 @@ from .adapters import add_lora, freeze, trainable, unfreeze, unfreeze_last
 from .atomic import replacing
 from .embeddings import cached_embed
 from .heads import Head
-from .model import Model, best_device
-from .network import ScGPT, Shape, embed
+from .model import Model, best_device, embed
+from .network import ScGPT, Shape
 from .prepare import Cells, Context
 from .settings import Settings, read_settings
 from .tokens import tokenize

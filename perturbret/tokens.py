@@ -86,21 +86,21 @@ class Tokens:
         values = np.where(padding, self.pad_value, self.values[at]).astype(np.float32)
         return genes, values, padding if padding.any() else None
 
-    def batches(self, batch_tokens: int) -> Iterator[np.ndarray]:
-        """Positions of all cells in batches of like length, the longest first.
 
-        A batch has at most `batch_tokens` tokens, padding included, or one cell; and where its cells have 1,024 tokens
-        or more, none is shorter than 9/10 of the longest: in a small set, padding would be much of the work.
-        """
-        lengths = self.lengths
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            longest = lengths[order[start]]
-            like = np.searchsorted(-lengths[order[start:]], -0.9 * longest, side="right")
-            size = max(1, min(batch_tokens // longest, max(like, 1024 // longest)))
-            yield order[start : start + size]
-            start += size
+def like_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Positions of all cells in batches of like length, the longest first.
+
+    A batch has at most `batch_tokens` tokens, padding included, or one cell; and where its cells have 1,024 tokens
+    or more, none is shorter than 9/10 of the longest: in a small set, padding would be much of the work.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        like = np.searchsorted(-lengths[order[start:]], -0.9 * longest, side="right")
+        size = max(1, min(batch_tokens // longest, max(like, 1024 // longest)))
+        yield order[start : start + size]
+        start += size
 
 
 def block_positions(indptr: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

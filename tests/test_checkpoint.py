@@ -12,7 +12,8 @@ from scgpt_oracle import official_model, scgpt
 from scipy.sparse import csr_matrix
 
 from perturbret.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from perturbret.network import ScGPT, Shape, embed, fingerprint
+from perturbret.model import embed
+from perturbret.network import ScGPT, Shape, fingerprint
 from perturbret.prepare import Cells
 from perturbret.tokens import tokenize
 from perturbret.vocabulary import load_vocabulary

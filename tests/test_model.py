@@ -6,8 +6,7 @@ import torch
 
 from perturbret.adapters import add_lora, freeze
 from perturbret.heads import Head
-from perturbret.model import Hidden, Model, Rows, best_device, blocks, embed_rows, run_lower, to_device
-from perturbret.network import embed
+from perturbret.model import Hidden, Model, Rows, best_device, blocks, embed, embed_rows, run_lower, to_device
 from perturbret.tokens import tokenize
 from perturbret.trunk import make_trunk
 

@@ -11,8 +11,9 @@ import toy
 from perturbret import modes
 from perturbret.adapters import trainable
 from perturbret.encoders import load_encoder, without_cache
+from perturbret.model import embed
 from perturbret.modes import fit_scgpt
-from perturbret.network import ScGPT, embed, fingerprint
+from perturbret.network import ScGPT, fingerprint
 from perturbret.prepare import Prepared
 from perturbret.tokens import tokenize
 from perturbret.validation import best_readout

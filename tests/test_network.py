@@ -7,7 +7,8 @@ import pytest
 import torch
 from scgpt_oracle import official_model
 
-from perturbret.network import ScGPT, Shape, embed, fingerprint
+from perturbret.model import embed
+from perturbret.network import ScGPT, Shape, fingerprint
 from perturbret.tokens import Tokens
 
 # The official network's fused path, in every comparison.

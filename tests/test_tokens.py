@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 from perturbret import tokens as module
 from perturbret.binning import bin_values
 from perturbret.prepare import Cells
-from perturbret.tokens import Tokens, tokenize
+from perturbret.tokens import Tokens, like_batches, tokenize
 from perturbret.vocabulary import SPECIALS, Vocabulary
 
 N_GENES = 400
@@ -278,10 +278,10 @@ def test_too_many_genes_are_drawn_by_name(vocabulary, token_ids):
 def test_blocks_and_batches(tied, vocabulary, token_ids):
     tokens = tokenize(tied, token_ids, vocabulary)
     for size in (1, 500, 10**6):
-        batches = list(tokens.batches(size))
+        batches = list(like_batches(tokens.lengths, size))
         assert sorted(np.concatenate(batches)) == list(range(60))
         assert all(len(b) == 1 or len(b) * tokens.lengths[b].max() <= size for b in batches)
-    batches = list(tokens.batches(2000))
+    batches = list(like_batches(tokens.lengths, 2000))
     padded = sum(len(b) * tokens.lengths[b].max() for b in batches)
     assert padded < 1.2 * tokens.lengths.sum() < 0.7 * 60 * tokens.lengths.max()
     genes, values, padding = tokens.padded(np.array([5, 2]))
@@ -427,7 +427,7 @@ def test_cells_of_unlike_length_share_no_batch_unless_they_are_few():
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     zeros = np.zeros(indptr[-1], np.int32)
     tokens = Tokens(zeros, zeros, indptr, 10, 4, -2)
-    found = [lengths[index].tolist() for index in tokens.batches(16384)]
+    found = [lengths[index].tolist() for index in like_batches(tokens.lengths, 16384)]
     assert found == [[100] * 30 + [91] * 30, [60] * 30, [5, 4, 3]]
     few = Tokens(zeros[:800], zeros[:800], np.array([0, 400, 700, 800]), 10, 4, -2)
-    assert [index.tolist() for index in few.batches(16384)] == [[0, 1], [2]]
+    assert [index.tolist() for index in like_batches(few.lengths, 16384)] == [[0, 1], [2]]

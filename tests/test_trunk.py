@@ -7,7 +7,8 @@ import pytest
 
 from perturbret.checkpoint import load_checkpoint
 from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceMismatch, hash_genes, write_gene_space
-from perturbret.network import embed, fingerprint
+from perturbret.model import embed
+from perturbret.network import fingerprint
 from perturbret.tokens import tokenize
 from perturbret.trunk import make_trunk, restrict
 from perturbret.vocabulary import PAD, SPECIALS, Vocabulary, map_genes
