@@ -114,7 +114,8 @@ def paired_differences(table: pd.DataFrame, metric: str = "exact_hit@1") -> Figu
     }
     questions = [question for question in titles if question in set(table["question"])]
     tallest = table["question"].value_counts().max()
-    figure, axes = new_figure(4.2 * len(questions), 1.1 + 0.26 * tallest, columns=len(questions))
+    width = 2.8 + 0.075 * table["method"].str.len().max()
+    figure, axes = new_figure(width * len(questions), 1.1 + 0.26 * tallest, columns=len(questions))
     for axis, question in zip(axes, questions, strict=True):
         part = table[table["question"] == question].sort_values(metric)
         for y, (value, low, high) in enumerate(
@@ -124,7 +125,10 @@ def paired_differences(table: pd.DataFrame, metric: str = "exact_hit@1") -> Figu
             axis.plot(value, y, "o", color=MASK_COLOURS[LEAK_FREE], ms=6)
         axis.axvline(0, color="#555", lw=1, ls=":")
         axis.set_yticks(range(len(part)), part["method"])
-        axis.set(title=titles[question], xlabel=f"difference of {metric}", ylim=(-0.7, tallest - 0.3))
+        opponents = part["against"].unique()
+        named = f" ({opponents[0]})" if question == "baseline" and len(opponents) == 1 else ""
+        axis.set(title=titles[question] + named, xlabel=f"difference of {metric}", ylim=(-0.7, tallest - 0.3))
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.25)
     return figure
 

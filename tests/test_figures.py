@@ -78,3 +78,22 @@ def test_only_the_extreme_conditions_of_many_are_drawn():
     table = pd.DataFrame({"condition": [f"G{i:02d}" for i in range(60)], "estimate": np.linspace(0, 1, 60)})
     axis = figures.condition_hits(table.assign(ci_low=0.0, ci_high=1.0), 0.02, "title").axes[0]
     assert len(labels(axis)) == 40 and labels(axis)[0] == "G00" and labels(axis)[-1] == "G59"
+
+
+def test_paired_differences_name_the_opponent_and_keep_their_ticks_apart():
+    methods = [f"method_{i}_with_a_long_name" for i in range(8)]
+    rows = [(method, "mlp", "baseline") for method in methods] + [(methods[0], "c", "adapting")]
+    rows += [(methods[0], "c", "pretraining")]
+    table = pd.DataFrame(rows, columns=["method", "against", "question"])
+    table["exact_hit@1"] = [-0.0875, *np.linspace(-0.08, -0.0155, 7), 0.04, 0.02]
+    table["exact_hit@1_low"] = table["exact_hit@1"] - 0.045
+    table["exact_hit@1_high"] = table["exact_hit@1"] + 0.04
+    figure = figures.paired_differences(table)
+    figure.canvas.draw()
+    left, middle, _ = figure.axes
+    titles = [axis.get_title(loc="left") for axis in (left, middle)]
+    assert titles == ["against the best simple opponent (mlp)", "adapted against frozen"]
+    assert labels(left) == methods  # the best on top
+    for axis in figure.axes:
+        boxes = [tick.get_window_extent() for tick in axis.get_xticklabels() if tick.get_text()]
+        assert all(one.x1 < other.x0 for one, other in zip(boxes[:-1], boxes[1:], strict=True))
