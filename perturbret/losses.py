@@ -1,5 +1,6 @@
 """What fine-tuning minimises: supervised contrastive loss, classification, or both."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,3 +46,18 @@ def classification(logits: Tensor, labels: Tensor, label_smoothing: float) -> Te
     label_smoothing : float
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def carried_log_prior(shares: np.ndarray, label_smoothing: float) -> np.ndarray:
+    """What a classifier trained by `classification` says of a cell that tells it nothing: the log of the mean label.
+
+    Not of the classes' shares: smoothing gives rare classes more than that, and taking the shares out again would favour
+    them, by as much as all that a shallow cell says.
+
+    Parameters
+    ----------
+    shares : ndarray of float, shape (C,)
+        Of training cells.
+    label_smoothing : float
+    """
+    return np.log((1 - label_smoothing) * shares + label_smoothing / len(shares))

@@ -15,6 +15,7 @@ from .adapt import adapt_trunk
 from .baselines import Fitted
 from .embeddings import cached_embed
 from .finetune import Outcome, train
+from .losses import carried_log_prior
 from .model import Model, Rows, best_device, embed, run_lower
 from .monitor import make_validation
 from .network import fingerprint
@@ -172,7 +173,7 @@ def _fit(
         trunk=trunk,
         members=tuple(members),
         classes=classes,
-        log_prior=np.log(shares) if carries else None,
+        log_prior=carried_log_prior(shares, options.label_smoothing) if carries else None,
         context=prepared.context,
         cache=cache,
     )

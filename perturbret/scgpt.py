@@ -40,7 +40,7 @@ class ScGPTEncoder:
         Trained from different random numbers; embeddings are put side by side, probabilities averaged.
     classes : tuple of str
     log_prior : ndarray of float64, shape (C,), or None
-        Log share of each class among training cells; None where the classifier does not carry it.
+        Log of what the classifier gives each class before it sees a cell; None where all classes get the same.
     context : Context
     cache : pathlib.Path or None
         Where tokens and embeddings are kept; None: nowhere.

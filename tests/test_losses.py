@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from perturbret.losses import classification, contrastive
+from perturbret.losses import carried_log_prior, classification, contrastive
 
 
 def batch(labels, d=5, seed=0):
@@ -96,3 +96,15 @@ def test_losses_are_computed_in_float32():
     z, y = batch([0, 0, 1, 1])
     assert contrastive(z.bfloat16(), y, torch.tensor(2.0)).dtype == torch.float32
     assert classification(z.bfloat16(), y, 0.1).dtype == torch.float32
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+def test_the_carried_prior_is_where_a_classifier_without_input_ends(smoothing):
+    y = torch.tensor([0] * 70 + [1] * 25 + [2] * 5)
+    shares = np.bincount(y) / len(y)
+    prior = carried_log_prior(shares, smoothing)
+    assert np.exp(prior).sum() == pytest.approx(1)
+    bias = torch.tensor(prior, dtype=torch.float32).requires_grad_()
+    classification(bias.expand(len(y), 3), y, smoothing).backward()
+    np.testing.assert_allclose(bias.grad, 0, atol=1e-6)
+    np.testing.assert_array_equal(carried_log_prior(shares, 0.0), np.log(shares))

@@ -106,6 +106,10 @@ def test_each_mode_is_fitted_proved_and_reloaded(fit, tiny_prepared, tmp_path, g
     # The prior is in the classifier of random batches alone.
     carries = mode != "frozen" and given.get("sampler") != "balanced"
     assert (encoder.log_prior is not None) == carries
+    if carries:
+        train = tiny_prepared.conditions[tiny_prepared.where("train")]
+        shares = np.array([(train == name).mean() for name in encoder.classes])
+        np.testing.assert_allclose(np.exp(encoder.log_prior), 0.9 * shares + 0.1 / len(shares))
     encoder.save(tmp_path / "run" / "encoder")
     loaded = load_encoder(tmp_path / "run")
     cells = tiny_prepared.cells.take(tiny_prepared.where("val"))
