@@ -51,8 +51,8 @@ def classification(logits: Tensor, labels: Tensor, label_smoothing: float) -> Te
 def carried_log_prior(shares: np.ndarray, label_smoothing: float) -> np.ndarray:
     """What a classifier trained by `classification` says of a cell that tells it nothing: the log of the mean label.
 
-    Not of the classes' shares: smoothing gives rare classes more than that, and taking the shares out again would favour
-    them, by as much as all that a shallow cell says.
+    Not of the classes' shares: smoothing gives rare classes more than that, and whoever takes the shares out again
+    favours them, by as much as all that a shallow cell says.
 
     Parameters
     ----------
