@@ -161,6 +161,8 @@ def report(table: pd.DataFrame, dataset: str) -> str:
     ]
     for method, row in mean.iterrows():
         lines.append(f"| {method} | {' | '.join('–' if np.isnan(v) else f'{v:.3f}' for v in row)} |")
+    if mean.isna().any(axis=None):
+        lines += ["", "–: not run."]
     lines += ["", "Paired differences on the same queries, 95% intervals over conditions:", ""]
     for title, one, other in (
         ("Pretraining", "shipped", "random"),
