@@ -132,7 +132,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("exact_hit@1, single query cells")
-    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="svg")
 
