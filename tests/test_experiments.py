@@ -5,19 +5,42 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import toy
 
 from perturbret.checkpoint import load_checkpoint
 from perturbret.pretraining import Plan
+from perturbret.splits import make_split
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "experiments"
 
 
-@pytest.fixture(scope="module")
-def alignment():
-    spec = importlib.util.spec_from_file_location("alignment", FOLDER / "alignment.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def alignment():
+    return load("alignment")
+
+
+@pytest.fixture
+def pretraining(tiny_checkpoint, tmp_path, monkeypatch):
+    """The script on a tiny screen, its networks tiny ones."""
+    module = load("pretraining")
+    tiny = {"checkpoint": str(tiny_checkpoint), "epochs": 1, "rank": 2, "head_dim": 8}
+    starts = {
+        "random": {"init": "random"},
+        "shipped": {},
+        "shipped + mlm": {"adapt": "mlm", "adapt_steps": 2},
+    }
+    monkeypatch.setattr(module, "STARTS", {name: tiny | start for name, start in starts.items()})
+    monkeypatch.setattr(module, "load", lambda dataset: toy.tiny_screen())
+    monkeypatch.setenv("PERTURBRET_OUTPUTS", str(tmp_path))
     return module
 
 
@@ -77,3 +100,58 @@ def test_page_and_figure_come_from_the_table(alignment, design, tmp_path, monkey
     text = alignment.page(again, design)
     assert "SIMULATED" in text and "SIMULATED" in (tmp_path / "alignment.svg").read_text()
     assert f"frozen, aligned against random: {value:+.3f}" in text
+
+
+def test_a_share_of_labels_trains_and_all_query_cells_are_asked(pretraining, tmp_path, monkeypatch):
+    """Every method answers the same queries; a share takes training labels away, and nothing else."""
+    fitted = []
+    fit = pretraining.fit
+
+    def counting(method, prepared, seed, directory):
+        fitted.append((method, seed, int((prepared.roles == "train").sum())))
+        return fit(method, prepared, seed, directory)
+
+    monkeypatch.setattr(pretraining, "fit", counting)
+    methods = ["logreg", "frozen random", "frozen shipped", "head shipped + mlm", "lora_head shipped"]
+    table = pretraining.measure_all("tiny", [0, 1], [0.5, 1.0], methods)
+    queries = table.groupby(["seed", "share", "method"])["query_id"].agg(lambda found: tuple(sorted(found)))
+    assert len(queries) == 2 * 2 * len(methods)
+    assert (queries.groupby("seed").nunique() == 1).all()
+    screen = toy.tiny_screen()
+    for seed in (0, 1):
+        roles = make_split(screen.obs, seed=seed).roles
+        assert set(queries[seed].iloc[0]) <= set(roles.index[roles == "query"])
+    sizes = pd.DataFrame(fitted, columns=["method", "seed", "cells"]).groupby("seed")["cells"]
+    assert (sizes.nunique() == 2).all() and (sizes.min() < sizes.max()).all()
+
+    monkeypatch.setattr(pretraining, "fit", lambda *given: pytest.fail("fitted again"))
+    again = pretraining.measure_all("tiny", [0, 1], [0.5, 1.0], methods)
+    pd.testing.assert_frame_equal(again, table)
+    monkeypatch.setattr(pretraining, "code_hash", lambda *modules: "other code")
+    with pytest.raises(pytest.fail.Exception, match="fitted again"):
+        pretraining.measure_all("tiny", [0], [1.0], ["logreg"])
+
+
+def test_page_of_starts_says_what_its_table_says(pretraining, tmp_path):
+    rng = np.random.default_rng(0)
+    tables = []
+    for seed in (0, 1):
+        for share in (0.1, 1.0):
+            for method in ("logreg", "pca", "head random", "head shipped"):
+                hits = rng.random(60) < (0.9 if method == "head shipped" and share < 1 else 0.1)
+                found = {"query_id": np.arange(60), "condition": np.repeat(list("ABCDEF"), 10)}
+                found |= {
+                    "exact_hit@1": hits,
+                    "mrr": hits,
+                    "validation": hits.mean(),
+                    "readout": "classifier",
+                }
+                tables.append(pd.DataFrame(found).assign(seed=seed, share=share, method=method))
+    table = pd.concat(tables)
+    text = pretraining.report(table, "tiny")
+    value, low, _ = pretraining.difference(table, "head shipped", "head random", 0.1)
+    assert low > 0.6
+    assert f"Pretraining, head, 10% of labels: {value:+.3f}" in text and "lora_head" not in text
+    assert "10% of labels: the best of these on validation cells, head shipped" in text
+    pretraining.draw(table, tmp_path / "curves.svg")
+    assert "head" in (tmp_path / "curves.svg").read_text()

@@ -1,14 +1,20 @@
 """What pretraining is worth: scGPT from random weights, from the shipped checkpoint, and adapted to the screen.
 
-    python docs/experiments/pretraining.py --dataset norman_subset
+    python docs/experiments/pretraining.py --dataset norman_subset --jobs 2
 
 Each network is tuned on 10, 25, 50 and 100% of the training cells' labels; read-outs and epochs are chosen on
 validation cells, then the query cells are looked at once. Writes pretraining_<dataset>.csv, .svg and .md beside itself.
-A fit that is in the CSV already is not made again.
+A fit that today's code made on the same data, of the same settings, is not made again.
 """
 
 import argparse
+import hashlib
+import json
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +27,9 @@ from perturbret.evaluate import evaluate
 from perturbret.figures import new_figure
 from perturbret.modes import fit_scgpt
 from perturbret.prepare import prepare
-from perturbret.provenance import environment
+from perturbret.provenance import code_hash, environment
 from perturbret.runs import outputs_root
+from perturbret.screen import Screen
 from perturbret.splits import get_split
 from perturbret.stats import paired_difference
 from perturbret.validation import best_readout
@@ -36,66 +43,79 @@ STARTS = {
 MODES = ("frozen", "head", "lora_head")
 OPPONENTS = ("logreg", "pca")
 COLOURS = {"random": "#8a8a8a", "shipped": "#1b6ca8", "shipped + mlm": "#c1440e"}
+CODE = ("datasets", "splits", "prepare", "evaluate", "validation", "baselines", "modes")
+
+load = cache(load_screen)
 
 
-def fit(method: str, prepared, seed: int, cache: Path):
+def results(screen: Screen) -> Path:
+    """Where fits of today's code on this screen are kept, a file each."""
+    key = json.dumps([code_hash(*CODE), screen.fingerprint, STARTS])
+    return outputs_root() / screen.name / "pretraining" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def fit(method: str, prepared, seed: int, directory: Path):
     """The encoder of `<mode> <start>` or of an opponent."""
     mode, _, start = method.partition(" ")
     if not start:
         return fit_baseline(mode, prepared, seed=seed).encoder
     settings = {"mode": mode, **STARTS[start]}
-    return fit_scgpt(prepared, seed=seed, settings=settings, cache=cache, report=lambda line: None).encoder
+    return fit_scgpt(
+        prepared, seed=seed, settings=settings, cache=directory, report=lambda line: None
+    ).encoder
 
 
-def measure(
-    dataset: str, seeds: list[int], shares: list[float], modes: list[str], starts: list[str], path: Path
-) -> pd.DataFrame:
-    """Hits of every query under every method; what `path` holds already is kept."""
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    screen = load_screen(dataset)
+def measure(dataset: str, seed: int, share: float, methods: list[str]) -> pd.DataFrame:
+    """Hits of every query of one split under every method; what is kept is read."""
+    screen = load(dataset)
     root = outputs_root() / screen.name
-    methods = [*OPPONENTS, *(f"{mode} {start}" for mode in modes for start in starts)]
-    for seed in seeds:
-        split = get_split(screen, track="in_dist", seed=seed, directory=root / "splits")
-        for share in shares:
-            prepared = prepare(screen, split, mask="all_targets", train_share=share)
-            for method in methods:
-                if (
-                    len(done)
-                    and ((done["seed"] == seed) & (done["share"] == share) & (done["method"] == method)).any()
-                ):
-                    continue
-                started = time.perf_counter()
-                encoder = fit(method, prepared, seed, root / "cache")
-                readout, validation = best_readout(encoder, prepared, seed=seed)
-                scores = evaluate(
-                    encoder,
-                    prepared,
-                    role="query",
-                    libraries=("mean",),
-                    query_sizes=(1,),
-                    poolings=("scores",),
-                    scorings=(readout,),
-                    seed=seed,
-                )
-                row = {
-                    "seed": seed,
-                    "share": share,
-                    "method": method,
-                    "readout": readout,
-                    "validation": validation,
-                }
-                found = scores[["query_id", "condition", "exact_hit@1", "mrr"]].round(4).assign(**row)
-                done = pd.concat([done, found], ignore_index=True)
-                with replacing(path) as temporary:
-                    done.to_csv(temporary, index=False, compression=None)
-                hit = found["exact_hit@1"].mean()
-                print(
-                    f"seed {seed} share {share} {method}: {readout} validation {validation:.4f} query {hit:.4f} "
-                    f"({time.perf_counter() - started:.0f} s)",
-                    flush=True,
-                )
-    return done
+    folder = results(screen)
+    prepared = None
+    tables = []
+    for method in methods:
+        path = folder / f"{method.replace(' ', '_')}_{share:g}_{seed}.csv"
+        if not path.exists():
+            started = time.perf_counter()
+            if prepared is None:
+                split = get_split(screen, track="in_dist", seed=seed, directory=root / "splits")
+                prepared = prepare(screen, split, mask="all_targets", train_share=share)
+            encoder = fit(method, prepared, seed, root / "cache")
+            readout, validation = best_readout(encoder, prepared, seed=seed)
+            scores = evaluate(
+                encoder,
+                prepared,
+                role="query",
+                libraries=("mean",),
+                query_sizes=(1,),
+                poolings=("scores",),
+                scorings=(readout,),
+                seed=seed,
+            )
+            row = {"seed": seed, "share": share, "method": method}
+            row |= {"readout": readout, "validation": validation}
+            found = scores[["query_id", "condition", "exact_hit@1", "mrr"]].round(4).assign(**row)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                found.to_csv(temporary, index=False, compression=None)
+            print(
+                f"seed {seed} share {share} {method}: {readout} validation {validation:.4f} "
+                f"query {found['exact_hit@1'].mean():.4f} ({time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
+        tables.append(pd.read_csv(path))
+    return pd.concat(tables, ignore_index=True)
+
+
+def measure_all(
+    dataset: str, seeds: list[int], shares: list[float], methods: list[str], jobs: int = 1
+) -> pd.DataFrame:
+    """Every seed and share, the largest shares first, in as many processes as `jobs`."""
+    asked = [(dataset, seed, share, methods) for share in sorted(shares, reverse=True) for seed in seeds]
+    if jobs == 1:
+        return pd.concat([measure(*one) for one in asked], ignore_index=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        return pd.concat(pool.map(measure, *zip(*asked, strict=True)), ignore_index=True)
 
 
 def difference(table: pd.DataFrame, method: str, other: str, share: float) -> tuple[float, float, float]:
@@ -198,10 +218,10 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each fitting other seeds and shares")
     options = parser.parse_args()
-    path = outputs_root() / options.dataset / "pretraining.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = measure(options.dataset, options.seeds, options.shares, options.modes, options.starts, path)
+    methods = [*OPPONENTS, *(f"{mode} {start}" for mode in options.modes for start in options.starts)]
+    table = measure_all(options.dataset, options.seeds, options.shares, methods, options.jobs)
     summary = table.groupby(["seed", "share", "method", "readout"])[["validation", "exact_hit@1", "mrr"]]
     with replacing(HERE / f"pretraining_{options.dataset}.csv") as temporary:
         summary.mean().round(4).reset_index().to_csv(temporary, index=False)
