@@ -46,13 +46,12 @@ def adapt_trunk(
     """
     cells = cells.take(np.argsort(cells.names))
     tokens = tokenize(cells, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
-    is_gene = np.ones(len(tokens.genes), bool)
-    is_gene[tokens.indptr[:-1]] = False  # <cls>
+    genes, values, indptr = tokens.without_cls()
     part = Part(
         "training cells",
-        tokens.genes[is_gene],
-        tokens.values[is_gene].astype(np.float32),
-        np.concatenate([[0], np.cumsum(tokens.lengths - 1)]),
+        genes,
+        values.astype(np.float32),
+        indptr,
         np.sort(trunk.token_ids[trunk.token_ids >= 0]),
         held_out_cells(cells.names),
         tokens.hash,

@@ -1,4 +1,4 @@
-"""Which weights of the network a mode trains: none, adapters of low rank, or the last layers.
+"""Which weights of the network a mode trains: none, adapters of low rank, the last layers, or all.
 
 Source: Hu et al., LoRA, ICLR 2022; peft injects the adapters into the network's own Linear modules, whose forward is
 called in training and in evaluation alike.

@@ -76,6 +76,12 @@ class Tokens:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
+    def without_cls(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Genes, values and indptr of the same cells with the first token of each, `<cls>`, left out."""
+        is_gene = np.ones(len(self.genes), bool)
+        is_gene[self.indptr[:-1]] = False
+        return self.genes[is_gene], self.values[is_gene], self.indptr - np.arange(len(self.indptr))
+
     def padded(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The cells at `index` as a block: genes (int64), values (float32) and padding (bool, True where none is).
 

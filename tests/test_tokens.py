@@ -292,6 +292,17 @@ def test_blocks_and_batches(tied, vocabulary, token_ids):
         assert padding[row].tolist() == [False] * n + [True] * (genes.shape[1] - n)
 
 
+def test_cells_without_cls_are_their_genes(tied, vocabulary, token_ids):
+    empty = np.vstack([tied.counts.toarray()[:3], np.zeros((1, N_GENES)), tied.counts.toarray()[3:5]])
+    tokens = tokenize(make_cells(empty), token_ids, vocabulary)
+    genes, values, indptr = tokens.without_cls()
+    assert indptr[0] == 0 and indptr[-1] == len(genes) == len(values)
+    for cell in range(6):
+        of_cell = slice(indptr[cell], indptr[cell + 1])
+        ids, levels = sequence(tokens, cell)
+        assert (genes[of_cell].tolist(), values[of_cell].tolist()) == (ids[1:], levels[1:])
+
+
 def test_stored_tokens_are_made_once_and_mapped(tied, vocabulary, token_ids, tmp_path, monkeypatch):
     expected = tokenize(tied, token_ids, vocabulary)
     first = tokenize(tied, token_ids, vocabulary, directory=tmp_path)
