@@ -69,7 +69,7 @@ format: $(READY) ## repair what lint finds, as far as it can be repaired
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(READY) ## measure the figures of docs/benchmarks.md again
+bench: $(READY) ## run benchmarks/*.py with their defaults (docs/benchmarks.md)
 	@for script in benchmarks/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
 
 clean: ## remove .venv and caches; results in OUTPUTS stay

@@ -12,6 +12,7 @@ class ScreenError(ValueError):
 
 
 def column(obs: pd.DataFrame, key: str, what: str, entry: Entry) -> pd.Series:
+    """The column of obs that an entry's key `what` names. ScreenError where there is none."""
     if key not in obs:
         raise ScreenError(
             f"{entry.name}: {what}: expected a column {key!r} in obs; {nearest(key, list(obs.columns))}"

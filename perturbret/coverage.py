@@ -88,7 +88,7 @@ def measure_coverage(
 def highly_variable(screen: Screen, n: int) -> np.ndarray:
     """The n genes with the largest normalised dispersion (Satija et al. 2015, as in scanpy's flavor `seurat`).
 
-    Counts are scaled to 10,000 per cell by the cells' totals, and log1p is taken.
+    Counts are scaled to 10,000 per cell by the cells' totals, and log1p is taken. ValueError for n below 1.
 
     Returns
     -------

@@ -195,7 +195,10 @@ def write_gene_space(space: GeneSpace, directory: str | os.PathLike) -> None:
 
 
 def hvg_info(space: GeneSpace, dataset: str) -> dict:
-    """Content of hvg_info.json for one dataset; see `write_gene_space`."""
+    """Content of hvg_info.json for one dataset; see `write_gene_space`.
+
+    GeneSpaceError for a gene of no column, or of several.
+    """
     columns = space.maps[dataset]
     for name, found in zip(space.names, columns.columns, strict=True):
         if len(found) != 1:

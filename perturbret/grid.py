@@ -201,7 +201,7 @@ def _find_recipe(recipe: str, grid: Path) -> Path:
         if (folder / f"{recipe}.yaml").is_file():
             return folder / f"{recipe}.yaml"
     known = {path.stem for folder in folders for path in folder.glob("*.yaml")}
-    known -= {grid.stem, "datasets", "checkpoints"}
+    known -= {grid.stem, "datasets", "references", "checkpoints"}
     raise FileNotFoundError(
         f"{grid.name}: recipe {recipe!r}: found no {recipe}.yaml; {nearest(recipe, sorted(known))}"
     )

@@ -51,7 +51,10 @@ def draw_batch(
     pad_id: int,
     cls_id: int,
 ) -> Batch:
-    """Cells with at most `length` random genes each, of which a random `hidden_share` is hidden."""
+    """Cells with at most `length` random genes each, of which a random `hidden_share` is hidden.
+
+    `positions` are those of the cells in `part`; `pad_id` and `cls_id` token ids of the vocabulary.
+    """
     shown, numbers, lacking = [], [], []
     for position in positions:
         genes, values = part.cell(position)

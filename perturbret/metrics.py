@@ -33,7 +33,7 @@ def relevance(true: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
     true : sequence of str, length q
         Canonical condition of each query.
     candidates : sequence of str, length c
-        Canonical conditions that are ranked, each once.
+        Canonical conditions that are ranked, each once (else ValueError).
 
     Returns
     -------
@@ -115,7 +115,7 @@ def top_conditions(scores: np.ndarray, candidates: Sequence[str], k: int = 10) -
     """Names of the `k` best candidates of each query, best first, for reading rather than for scoring.
 
     `scores` is (q, c), `candidates` has length c; the result is (q, min(k, c)). Tied candidates stand in the
-    order of `candidates`.
+    order of `candidates`. ValueError where lengths differ.
     """
     scores, candidates = _rounded(_checked(scores)), np.asarray(candidates, str)
     if len(candidates) != scores.shape[1]:
@@ -132,7 +132,7 @@ def coverage_accuracy(margin: np.ndarray, hit: np.ndarray) -> pd.DataFrame:
         Confidence: the queries with the largest margins are answered first. Queries with equal margins are
         answered in random order, and accuracy is the expectation over it.
     hit : ndarray of float, shape (q,)
-        exact_hit@1 of each query.
+        exact_hit@1 of each query. ValueError for no queries, a NaN, or arrays of unlike shapes.
 
     Returns
     -------

@@ -63,6 +63,11 @@ def train_network(
     validation : (features, classes), optional
         Needed without `epochs`: training stops when their cross-entropy has not fallen for `PATIENCE` epochs, and
         the network of the best epoch is returned.
+
+    Raises
+    ------
+    ValueError
+        Both `epochs` and `validation`, or neither.
     """
     if (epochs is None) == (validation is None):
         raise ValueError("epochs, validation: expected one of the two")

@@ -131,6 +131,12 @@ def best_device() -> torch.device:
     return PartialState().device
 
 
+def device_name() -> str:
+    """The same for the record: `cpu`, or a GPU by its name."""
+    device = best_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def to_device(block: tuple, device) -> tuple[Tensor | None, ...]:
     """A padded block as tensors."""
     return tuple(None if array is None else torch.from_numpy(array).to(device) for array in block)

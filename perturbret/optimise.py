@@ -64,10 +64,12 @@ def joint_loss(accelerator, wrapped, embeddings, logits, labels, settings):
 
 
 def part_of(name: str) -> str:
+    """`head` or `backbone`: the part of the model that a parameter of this name belongs to."""
     return "head" if name.startswith("head.") else "backbone"
 
 
 def rates(optimiser) -> dict[str, float]:
+    """Learning rate of each part now."""
     return {f"lr_{group['part']}": group["lr"] for group in optimiser.param_groups}
 
 

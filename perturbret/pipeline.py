@@ -79,10 +79,18 @@ def fit_run(run: Run) -> pd.DataFrame:
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(time.perf_counter() - started, 2),
     }
-    write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment()})
+    write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment(_device(run.params))})
     for name in ("encoder", "null_encoder"):
         shutil.rmtree(_state(run, name).parent, ignore_errors=True)
     return fitted.selection
+
+
+def _device(params: dict) -> str:
+    if params["encoder"] != TUNED:
+        return "cpu"
+    from .model import device_name
+
+    return device_name()
 
 
 def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> Fitted:
@@ -164,6 +172,15 @@ def evaluate_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Score the saved encoder on the query cells and write scores, summary and null control.
 
+    Parameters
+    ----------
+    run : Run
+        Fitted first where it is not.
+    libraries, query_sizes, poolings : list
+        See `perturbret.evaluate.evaluate`.
+    n_resamples : int
+        Of the bootstrap behind intervals.
+
     Returns
     -------
     scores : pandas.DataFrame
@@ -172,6 +189,11 @@ def evaluate_run(
         Estimates with intervals.
     null : pandas.DataFrame
         The null control, one row per read-out.
+
+    Raises
+    ------
+    ContextMismatch
+        The encoder was made with other data, another split or another mask.
     """
     started = time.perf_counter()
     fit_run(run)

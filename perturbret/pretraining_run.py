@@ -13,6 +13,7 @@ from .checkpoint import load_checkpoint
 from .chunks import ChunkedCounts, chunked_screen
 from .corpus import Part, choose_vocabulary, make_corpus
 from .decoders import Decoders
+from .model import device_name
 from .pretraining import PRESETS, Plan, PretrainedNetwork, pretrain, save_pretrained
 from .provenance import code_hash, directory_hash, environment
 from .reference_cells import load_references
@@ -139,7 +140,7 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
         "code": code,
         "checkpoint_sha256": directory_hash(place),
         "wall_s": round(time.perf_counter() - started, 1),
-        "environment": environment(),
+        "environment": environment(device_name()),
     }
     write_json(run.directory / "manifest.json", content)
     for left in run.directory.glob("training-*.pt"):

@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-RECORDED_PACKAGES = ("numpy", "scipy", "pandas", "scikit-learn", "anndata", "perturbret")
+RECORDED_PACKAGES = (
+    "numpy", "scipy", "pandas", "scikit-learn", "anndata", "scanpy", "torch", "peft", "accelerate", "safetensors",
+    "perturbret",
+)  # fmt: skip
 
 
 def code_hash(*modules: str) -> str:
@@ -66,8 +69,11 @@ def directory_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def environment() -> dict:
-    """Package versions, commit, device and time, for the manifest."""
+def environment(device: str = "cpu") -> dict:
+    """Package versions, commit, device and time, for the manifest.
+
+    device : where it was computed, `perturbret.model.device_name()` where a network was.
+    """
     versions = {}
     for package in RECORDED_PACKAGES:
         try:
@@ -79,7 +85,7 @@ def environment() -> dict:
         "packages": versions,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": f"cpu ({platform.machine()})",
+        "device": f"{device} ({platform.machine()})",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -93,7 +93,7 @@ class Entry:
 
 
 def default_registry(file: str = "datasets.yaml") -> Path:
-    """Path of a registry that comes with perturbret: of datasets, or `checkpoints.yaml`; both are in `params/`."""
+    """Path of a registry that comes with perturbret: a file of `params/`. FileNotFoundError where it is not there."""
     here = Path(__file__).resolve().parent
     for path in (here.parent / "params" / file, here / "data" / file):
         if path.is_file():

@@ -69,7 +69,7 @@ def build_report(
     outputs: str = "",
     n_resamples: int = 1000,
 ) -> Report:
-    """Compare the finished runs of a dataset and write comparison.csv and null_control.csv.
+    """Compare the finished runs of a dataset and write comparison.csv, readouts.csv and null_control.csv.
 
     Parameters
     ----------

@@ -92,7 +92,8 @@ def open_run(
     search : dict, optional
         Hyperparameter values to choose among on validation, name to list.
     settings : dict, optional
-        Of an encoder that has some (`perturbret.settings`); None: those of the run that is there.
+        Of an encoder that has some (`perturbret.settings`); None: those of the run that is there. For 05, which only
+        judges.
     train_share : float
         Share of each condition's training cells whose labels are used.
     run : str
@@ -106,6 +107,10 @@ def open_run(
     ------
     RunExists
         The directory holds a run with other parameters or other data, and `overwrite` is false.
+    SplitMismatch
+        The split that is there belongs to other data or settings.
+    ValueError
+        An encoder with settings was asked for without them where none was fitted; unknown mask or track.
     """
     root = outputs_root(outputs) / screen.name
     directory = root / (run or run_name(encoder, mask, seed, settings, train_share))
@@ -118,6 +123,12 @@ def open_run(
         settings = made["params"].get("settings")
     if settings is not None:
         params["settings"] = settings
+    elif encoder == TUNED:
+        there = sorted(path.parent.name for path in root.glob(f"{TUNED}_*/manifest.json"))
+        raise ValueError(
+            f"{directory.name}: expected a run of {encoder} that notebook 04 fitted, got none; in {root}: "
+            f"{', '.join(there) or 'no such run'}. Name one with run="
+        )
     params = json.loads(json.dumps(params))  # as the manifest gives them back: a tuple is a list
     if made and not overwrite:
         asked = {**params, **asdict(prepared.context)}

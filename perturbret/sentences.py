@@ -45,7 +45,9 @@ def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) 
         f"Settings chosen on validation: {settings}.",
         f"Best read-out there: {_named(library, scoring)}, exact_hit@1 **{percent(row.estimate)}** "
         f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
-        f"The encoder and its null twin are saved in `{run.directory.name}/`; notebook 05 judges them on query cells.",
+        f"The encoder and its null twin are saved in `{run.directory.name}/`. Notebook 05 judges them on query cells, "
+        f"given the same dataset, mask, seed and search, `encoder` {run.params['encoder']} and `run` "
+        f"{run.directory.name}.",
     ]
     return bullets(lines)
 

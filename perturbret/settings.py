@@ -96,7 +96,9 @@ class Settings:
     head_depth, head_width, head_dim, head_dropout
         Of the projection.
     loss : str
+        `classification` (cross-entropy of candidates), `contrastive` (supervised, between cells) or their sum, `both`.
     label_smoothing : float
+        Of classification: this share of each label is spread evenly over all candidates.
     temperature : float
         Of the contrastive loss, where its training starts.
     sampler, batch_size, cells_per_condition
@@ -104,7 +106,8 @@ class Settings:
     accumulate : int
         Batches between two steps of the optimiser.
     epochs, patience : int
-        Most epochs, and how many without a better validation exact_hit@1 are waited for.
+        Most epochs, and how many without a better one are waited for: higher exact_hit@1 on validation cells, or the
+        same at a lower loss.
     steps : int
         Most steps of the optimiser, to the nearest whole epoch: a large screen needs fewer epochs than a small one.
     lr_backbone, lr_head : float
@@ -112,8 +115,10 @@ class Settings:
     weight_decay, warmup, clip : float
         AdamW's; share of all steps in which rates rise; largest norm of the gradient.
     members : int
-        Heads and adapters trained from different random numbers on the same cells, averaged.
+        How many times what the mode trains is trained on the same cells, from other random numbers each; embeddings are
+        joined and class probabilities averaged. Without effect in `frozen`.
     precision : str
+        `float32`, or `bfloat16` for the products of the network.
     """
 
     mode: str = "lora_head"

@@ -6,7 +6,18 @@ import torch
 
 from perturbret.adapters import add_lora, freeze
 from perturbret.heads import Head
-from perturbret.model import Hidden, Model, Rows, best_device, blocks, embed, embed_rows, run_lower, to_device
+from perturbret.model import (
+    Hidden,
+    Model,
+    Rows,
+    best_device,
+    blocks,
+    device_name,
+    embed,
+    embed_rows,
+    run_lower,
+    to_device,
+)
 from perturbret.tokens import tokenize
 from perturbret.trunk import make_trunk
 
@@ -149,6 +160,13 @@ def test_bfloat16_is_near_float32(trunk, tokens, start):
     exact, near = found.values()
     cosine = (exact * near).sum(axis=1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(near, axis=1)
     assert cosine.min() >= 0.99 and (exact != near).any()
+
+
+def test_the_record_names_a_gpu(monkeypatch):
+    assert device_name() == best_device().type or torch.cuda.is_available()
+    monkeypatch.setattr("perturbret.model.best_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert device_name() == "card 1"
 
 
 def test_best_device_is_the_cpu_without_a_gpu():

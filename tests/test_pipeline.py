@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toy
 from safetensors.torch import load_file, save_file
 
 from perturbret import pipeline, training_report
 from perturbret.encoders import load_encoder
+from perturbret.model import device_name
 from perturbret.pipeline import evaluate_run, fit_run
 from perturbret.prepare import UNLABELLED
 from perturbret.runs import RunExists, open_run, run_name
@@ -93,6 +95,9 @@ def test_a_fitted_run_leaves_its_artifacts(fitted, screen, tiny_checkpoint):
     assert checks["member0"]["embedding_change"] == 0
     assert min(checks["member0"]["gradient_norms"].values()) > 0
     assert fit["context"]["train_share"] == 0.5 and fit["params"]["settings"]["mode"] == "head"
+    made = run.manifest["environment"]
+    assert made["device"].startswith(f"{device_name()} (")
+    assert made["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     # The null twin: as many epochs, other weights.
     null, encoder = (load_encoder(run.directory, name) for name in ("null_encoder", "encoder"))
     assert null.settings["chosen"] == encoder.settings["chosen"] == fit["chosen"]
@@ -200,10 +205,13 @@ def test_evaluation_of_a_run_that_is_opened_without_settings(copied, screen, no_
         open_run(screen, **REQUEST, train_share=0.9, run=NAME, outputs=str(copied.directory.parents[1]))
 
 
-def test_settings_of_the_run_there_and_none_where_there_is_none(copied, screen, tmp_path):
-    outputs = str(tmp_path / "elsewhere")
-    fresh = open_run(screen, **REQUEST, outputs=outputs)
-    assert "settings" not in fresh.params and fresh.directory.name == "scgpt-all_targets-seed0"
+def test_settings_are_those_of_the_run_there_and_without_one_it_is_an_error(copied, screen, tmp_path):
+    with pytest.raises(
+        ValueError, match="scgpt-all_targets-seed0: expected a run .* got none.*: no such run"
+    ):
+        open_run(screen, **REQUEST, outputs=str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match=f"{NAME}. Name one with run="):
+        open_run(screen, **REQUEST, outputs=str(copied.directory.parents[1]))
     with pytest.raises(RunExists, match="the run there has settings=.*asked for .*'epochs': 3"):
         open_run(
             screen,

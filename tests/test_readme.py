@@ -94,14 +94,15 @@ def test_examples_of_a_screen_and_a_grid_can_be_used(tmp_path):
 
 
 def test_notebook_runs_by_itself(tmp_path):
-    """Both commands, 04 shortened by a parameter: training for as long as README's runs in the notebook's own test."""
+    """All commands, 04 shortened by a parameter: training for as long as README's runs in the notebook's own test."""
     alone = [line for line in commands() if line.startswith("papermill")]
-    assert "cd notebooks" in commands() and len(alone) == 2
-    fit, tune = (run_alone(command, tmp_path) for command in alone)
+    assert "cd notebooks" in commands() and len(alone) == 3
+    fit, tune, judge = (run_alone(command, tmp_path) for command in alone)
     (encoder,) = fit.glob("*/logreg-*-seed7/encoder")
     assert (encoder / "weights.safetensors").exists()
     (encoder,) = tune.glob("*/scgpt_lora_head-*-seed7/encoder")
     assert (encoder / "member0.safetensors").exists()
+    assert judge == tune and (encoder.parent / "summary.csv").exists()
 
 
 def run_alone(command, tmp_path):

@@ -27,6 +27,7 @@ from perturbret.chunks import ChunkedCounts
 from perturbret.corpus import make_corpus
 from perturbret.evaluate import evaluate
 from perturbret.figures import new_figure
+from perturbret.model import device_name
 from perturbret.modes import fit_scgpt
 from perturbret.prepare import Prepared, prepare
 from perturbret.pretraining import Plan, pretrain, save_pretrained
@@ -411,7 +412,7 @@ def page(table: pd.DataFrame, design: Design) -> str:
             )
         against = said(table, f"{mode} aligned", "logreg")
         lines.append(f"- {mode}, aligned against logistic regression: {against}.")
-    made = environment()
+    made = environment(device_name())
     lines += ["", f"perturbret {made['packages']['perturbret']}, Python {made['python']}, {made['device']}."]
     return "\n".join(lines) + "\n"
 

@@ -25,6 +25,7 @@ from perturbret.baselines import fit_baseline
 from perturbret.datasets import load_screen
 from perturbret.evaluate import evaluate
 from perturbret.figures import new_figure
+from perturbret.model import device_name
 from perturbret.modes import fit_scgpt
 from perturbret.prepare import prepare
 from perturbret.provenance import code_hash, environment
@@ -204,7 +205,7 @@ def report(table: pd.DataFrame, dataset: str) -> str:
             f"- {share:.0%} of labels: the best of these on validation cells, {best}, against logistic regression: "
             f"{said(*difference(table, best, 'logreg', share))}."
         )
-    made = environment()
+    made = environment(device_name())
     lines += ["", f"perturbret {made['packages']['perturbret']}, Python {made['python']}, {made['device']}."]
     return "\n".join(lines) + "\n"
 
