@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint
-from .gene_space import SPACE_FILE, check_gene_space, read_gene_space
+from .gene_space import check_gene_space
+from .gene_space_file import SPACE_FILE, read_gene_space
 from .genes import SymbolResolver
 from .network import ScGPT, fingerprint
 from .vocabulary import NO_TOKEN, PAD, SPECIALS, Vocabulary, map_genes

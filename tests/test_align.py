@@ -8,7 +8,7 @@ from scipy.sparse import csr_matrix
 
 from perturbret.align import align, align_screen
 from perturbret.chunks import ChunkedCounts
-from perturbret.gene_space import write_gene_space
+from perturbret.gene_space_file import write_gene_space
 from perturbret.genes import SymbolResolver
 from perturbret.remap import remap, verify_alignment
 from perturbret.screen import Screen

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from perturbret.checkpoint import load_checkpoint
-from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceMismatch, hash_genes, write_gene_space
+from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceMismatch, hash_genes
+from perturbret.gene_space_file import write_gene_space
 from perturbret.model import embed
 from perturbret.network import fingerprint
 from perturbret.tokens import tokenize
