@@ -72,9 +72,10 @@ def check_counts(matrix: csr_matrix, *, name: str, cells: np.ndarray, genes: np.
         refuse(data == np.iinfo(data.dtype).max, f"counts below the limit of {data.dtype}", overflow)
     refuse(data >= EXACT_LIMIT, f"counts below 2**24 = {EXACT_LIMIT}", "; float32 does not hold them exactly")
     checked = csr_matrix((data.astype(np.float32), matrix.indices, matrix.indptr), shape=matrix.shape)
-    if not checked.has_canonical_format:
+    # What follows works in place, and indices are the caller's.
+    if not checked.has_canonical_format or (data == 0).any():
         checked = checked.copy()
-        checked.sum_duplicates()
+    checked.sum_duplicates()
     checked.eliminate_zeros()
     return checked
 

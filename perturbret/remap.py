@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix, issparse
 from .atomic import replacing
 from .counts import EXACT_LIMIT, check_counts
 from .gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
-from .genes import SymbolResolver, strip_version
+from .genes import SymbolResolver, is_ensembl_id, strip_version
 
 
 def remap(counts, columns: ColumnMap, *, genes: Sequence[str] | None = None) -> csr_matrix:
@@ -42,15 +42,7 @@ def remap(counts, columns: ColumnMap, *, genes: Sequence[str] | None = None) -> 
     CountsError
         Values that are no counts, negative ones of an overflowed int16 among them.
     """
-    if not issparse(counts):
-        raise GeneSpaceError(f"counts: expected a sparse matrix, got {type(counts).__name__}")
-    if counts.shape[1] != columns.n_columns:
-        raise GeneSpaceError(f"counts: expected {columns.n_columns} columns, got {counts.shape[1]}")
-    if genes is not None and hash_genes(genes) != columns.genes_sha256:
-        raise GeneSpaceError(
-            f"genes: expected the {columns.n_columns} columns that the map was made for, in their order, got "
-            f"others: {', '.join(map(str, list(genes)[:3]))}, ...; make the map for this panel"
-        )
+    _expect_panel(counts, columns, genes)
     names = np.arange(columns.n_columns).astype(str) if genes is None else np.asarray(genes, str)
     cells = np.arange(counts.shape[0])
     checked = check_counts(csr_matrix(counts), name="counts", cells=cells, genes=names)
@@ -62,6 +54,19 @@ def remap(counts, columns: ColumnMap, *, genes: Sequence[str] | None = None) -> 
     summed = summed.astype(np.float32)
     summed.sort_indices()
     return summed
+
+
+def _expect_panel(counts, columns: ColumnMap, genes: Sequence[str] | None) -> None:
+    if not issparse(counts):
+        raise GeneSpaceError(f"counts: expected a sparse matrix, got {type(counts).__name__}")
+    if counts.shape[1] != columns.n_columns:
+        raise GeneSpaceError(f"counts: expected {columns.n_columns} columns, got {counts.shape[1]}")
+    if genes is not None and hash_genes(genes) != columns.genes_sha256:
+        raise GeneSpaceError(
+            f"genes: expected the {columns.n_columns} columns that the map was made for, in their order, got "
+            f"others: {', '.join(map(str, list(genes)[:3]))}, ...; make the map for this panel"
+        )
+    columns.check("map", len(columns.columns))
 
 
 def indicator(columns: Sequence[Sequence[int]], n_columns: int) -> csr_matrix:
@@ -80,6 +85,7 @@ def cached_remap(
     Any change of a count, a name or a column gives another name, so that a file is never found for data that it
     was not made from, whatever their shapes. A file whose content is not what was written is made again.
     """
+    _expect_panel(counts, columns, genes)
     key = _key(counts, columns, genes)
     path = Path(directory) / f"{key}.npz"
     kept = _read(path, key, (counts.shape[0], len(columns.columns)))
@@ -100,28 +106,35 @@ def verify_alignment(
 
     By position: column i of the remapped counts. By name: the sum of the columns of the dataset at hand that bear
     the names which the space gives gene i, looked up in the dataset's own list of names. The names must stand for
-    gene i: by Ensembl id, or by approved symbol. So column i is the same gene in every dataset given.
+    gene i: by Ensembl id where genes were matched by it, else by approved symbol. So column i is the same gene in every
+    dataset given.
 
     Parameters
     ----------
     space : GeneSpace
     data : mapping of dataset to (counts, genes) or (counts, genes, ensembl_ids)
-        Some cells of each dataset; sparse, with the names of their columns.
+        Some cells of each dataset; sparse, with the names of their columns. Ids are needed where genes were matched by
+        them and the names are none.
     resolver : SymbolResolver, optional
         The packaged one by default.
 
     Returns
     -------
     DataFrame
-        One row per dataset: `dataset`, `n_cells`, `n_genes` compared, `n_values` that are not zero.
+        One row per dataset: `dataset`, `n_cells`, `n_genes` compared, `n_counted` of them with a count in these cells,
+        `n_values` that are not zero. Datasets of the space that were not given have 0 everywhere.
 
     Raises
     ------
     GeneSpaceError
-        Names the dataset, the gene and the first cell and values that differ.
+        Names the dataset, the gene and the first cell and values that differ. There is nothing to compare: no dataset,
+        cells without counts, or no Ensembl ids where genes were matched by them.
     """
     resolver = SymbolResolver.from_package() if resolver is None else resolver
-    rows = []
+    if not data:
+        raise GeneSpaceError("data: expected cells of at least one dataset, got none")
+    by_id = space.settings.get("matched_by") == "ensembl"
+    rows = [(dataset, 0, 0, 0, 0) for dataset in space.maps if dataset not in data]
     for dataset, (counts, genes, *ids) in data.items():
         if dataset not in space.maps:
             raise GeneSpaceError(f"{dataset}: expected one of {sorted(space.maps)}")
@@ -131,16 +144,21 @@ def verify_alignment(
             places.setdefault(name, []).append(column)
         by_position = remap(counts, columns).tocsc()
         by_name = csr_matrix(counts).astype(np.float64).tocsc()
-        keys = [strip_version(name) for name in ids[0]] if ids and ids[0] is not None else None
-        n_genes = 0
+        keys = _ids(dataset, ids[0] if ids and ids[0] is not None else genes) if by_id else None
+        n_genes = n_counted = 0
         for position, gene in enumerate(space.names):
             names = columns.column_names[position]
             if not names:
                 continue
             found = sorted({column for name in names for column in places.get(name, ())})
-            if keys is not None and space.settings.get("matched_by") == "ensembl":
-                found = [column for column in found if keys[column] == space.ensembl_ids[position]]
-            _expect_same_gene(space, dataset, position, names, found, resolver)
+            if len(found) < len(set(names)):
+                raise GeneSpaceError(
+                    f"{dataset}: gene {position} ({gene}): expected columns {', '.join(names)}, found {len(found)}"
+                )
+            if by_id:
+                found = _of_gene(space, dataset, position, found, keys)
+            else:
+                _expect_same_gene(space, dataset, position, names, resolver)
             expected = np.asarray(by_name[:, found].sum(axis=1)).ravel()
             got = by_position[:, [position]].toarray().ravel()
             differing = np.flatnonzero(expected != got)
@@ -151,18 +169,36 @@ def verify_alignment(
                     f"{expected[cell]:.0f}, by position {got[cell]:.0f} ({len(differing)} cells differ)"
                 )
             n_genes += 1
-        rows.append((dataset, counts.shape[0], n_genes, int(by_position.nnz)))
-    return pd.DataFrame(rows, columns=["dataset", "n_cells", "n_genes", "n_values"])
+            n_counted += bool(got.any())
+        if not by_position.nnz:
+            raise GeneSpaceError(
+                f"{dataset}: expected cells with counts of the space's genes, got none in {counts.shape[0]} cells"
+            )
+        rows.append((dataset, counts.shape[0], n_genes, n_counted, int(by_position.nnz)))
+    return pd.DataFrame(rows, columns=["dataset", "n_cells", "n_genes", "n_counted", "n_values"])
 
 
-def _expect_same_gene(space, dataset, position, names, found, resolver) -> None:
-    gene = space.names[position]
-    if len(found) < len(set(names)):
+def _ids(dataset: str, names: Sequence[str]) -> list[str]:
+    other = next((name for name in names if not is_ensembl_id(name)), None)
+    if other is not None:
         raise GeneSpaceError(
-            f"{dataset}: gene {position} ({gene}): expected columns named {', '.join(names)}, found {len(found)}"
+            f"{dataset}: expected the Ensembl id of each column, which genes were matched by, got {str(other)!r}"
         )
-    if space.settings.get("matched_by") == "ensembl":
-        return
+    return [strip_version(name) for name in names]
+
+
+def _of_gene(space, dataset, position, found, keys) -> list[int]:
+    """Of the columns of a name those of the gene: a symbol may stand for two ids."""
+    expected = space.ensembl_ids[position]
+    kept = [column for column in found if keys[column] == expected]
+    if not kept:
+        got = ", ".join(keys[column] for column in found)
+        raise GeneSpaceError(f"{dataset}: gene {position}: expected {expected}, got {got}")
+    return kept
+
+
+def _expect_same_gene(space, dataset, position, names, resolver) -> None:
+    gene = space.names[position]
     for name in names:
         if name.strip() != gene and resolver.readings(name) != (gene,):
             meant = ", ".join(resolver.readings(name)) or "no known gene"

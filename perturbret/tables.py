@@ -68,13 +68,14 @@ def gene_space_table(space: GeneSpace, verified: pd.DataFrame) -> pd.DataFrame:
     checked = verified.set_index("dataset")
     for name, columns in space.maps.items():
         pairs = list(zip(space.names, columns.column_names, strict=True))
+        n_genes, n_counted, n_cells = checked.loc[name, ["n_genes", "n_counted", "n_cells"]]
         rows[name] = {
             "cells": f"{columns.n_cells:,} ({columns.cells.split(' (')[0]})",
             "its genes": f"{columns.n_columns:,}",
             "chosen genes": sum(len(names) > 0 for _, names in pairs),
             "under another name": sum(any(other != gene for other in names) for gene, names in pairs),
             "10,000 / UMIs": f"{columns.noise:.2f}",
-            "compared by value": f"{checked.loc[name, 'n_genes']} genes × {checked.loc[name, 'n_cells']:,} cells",
+            "compared by value": f"{n_genes} genes ({n_counted} with counts) × {n_cells:,} cells",
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 

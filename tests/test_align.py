@@ -270,7 +270,7 @@ def test_what_the_page_says_of_it():
     table = gene_space_table(space, verify_alignment(space, cells, resolver=RESOLVER))
     assert table["chosen genes"].to_dict() == {"screen": 3, "b": 2}
     assert table["under another name"].to_dict() == {"screen": 1, "b": 0}
-    assert table.loc["b", "compared by value"] == "2 genes × 50 cells"
+    assert table.loc["b", "compared by value"] == "2 genes (2 with counts) × 50 cells"
     first, measured, perturbed, note = gene_space_lines(space)
     assert first.startswith("**3 genes in a common order** (asked for: 10), matched by symbol")
     assert "3 in ≥ 1, 2 in ≥ 2; at least 2" in measured

@@ -56,7 +56,8 @@ def test_remap_equals_the_dense_sum_of_columns():
     dense = rng.poisson(0.3, (50, 30)).astype(np.float32)
     order = rng.permutation(30)
     columns = tuple(tuple(map(int, order[i : i + 2])) for i in range(0, 24, 2)) + ((), (int(order[29]),))
-    made = remap(csr_matrix(dense), ColumnMap(columns, columns, 30, "", 1, "", "", 0, (), (), ()))
+    blank = (None,) * len(columns)
+    made = remap(csr_matrix(dense), ColumnMap(columns, columns, 30, "", 1, "", "", 0, blank, blank, blank))
     expected = np.stack([dense[:, list(found)].sum(axis=1) for found in columns], axis=1)
     np.testing.assert_array_equal(made.toarray(), expected)
     assert made.nnz == (expected > 0).sum()
@@ -66,7 +67,7 @@ def test_remap_equals_the_dense_sum_of_columns():
 def test_verification_passes_on_what_is_right_and_counts_it():
     table = verify(space())
     assert table.to_dict("list") == {
-        "dataset": ["a", "b"], "n_cells": [3, 2], "n_genes": [4, 3], "n_values": [12, 6]
+        "dataset": ["a", "b"], "n_cells": [3, 2], "n_genes": [4, 3], "n_counted": [4, 3], "n_values": [12, 6]
     }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def test_a_duplicated_symbol_of_which_one_column_is_taken_is_caught():
 
 def test_a_name_of_another_gene_is_caught():
     wrong = replace(column_map("b"), column_names=(("OTHER",), (), ("x",), ("y",)))
-    with pytest.raises(GeneSpaceError, match="expected columns named OTHER, found 0"):
+    with pytest.raises(GeneSpaceError, match="expected columns OTHER, found 0"):
         verify(space(b=wrong))
     data = {"b": (COUNTS["b"], np.array(["y", "OTHER", "x"]))}
     with pytest.raises(GeneSpaceError, match=r"expected NEW, got 'OTHER' \(OTHER\)"):
@@ -112,6 +113,91 @@ def test_a_panel_in_another_order_is_caught():
         remap(COUNTS["b"][:, :2], column_map("b"))
     with pytest.raises(GeneSpaceError, match="expected a sparse matrix, got ndarray"):
         remap(COUNTS["b"].toarray(), column_map("b"))
+
+
+def with_ids(ids, *, names=None, settings=None):
+    """A space matched by Ensembl id of one dataset, whose columns are turned round."""
+    names = ["s", "t", "s"] if names is None else names
+    turned = ((2,), (1,), (0,))
+    columns = replace(
+        column_map("b", turned),
+        column_names=tuple((names[i],) for (i,) in turned),
+        genes_sha256=hash_genes(names),
+    )
+    known = tuple(ids[i] for (i,) in turned)
+    return GeneSpace(("p", "q", "r"), known, {"b": columns}, {}, {"matched_by": "ensembl"})
+
+
+class TestEnsembl:
+    IDS = ["ENSG00000000010", "ENSG00000000011", "ENSG00000000012"]
+
+    def test_by_ids_beside_names_or_by_names_that_are_ids(self):
+        versions = [f"{identifier}.7" for identifier in self.IDS]
+        given = verify_alignment(with_ids(self.IDS), {"b": (COUNTS["b"], ["s", "t", "s"], versions)})
+        named = verify_alignment(with_ids(self.IDS, names=versions), {"b": (COUNTS["b"], versions)})
+        assert given["n_genes"].tolist() == named["n_genes"].tolist() == [3]
+        with pytest.raises(GeneSpaceError, match="b: expected the Ensembl id of each column.*got 's'"):
+            verify_alignment(with_ids(self.IDS), {"b": (COUNTS["b"], ["s", "t", "s"])})
+
+    @pytest.mark.parametrize("names", [["s", "t", "u"], IDS])
+    def test_a_map_sorted_the_wrong_way_with_its_names_is_caught(self, names):
+        right = with_ids(self.IDS, names=names)
+        columns = replace(
+            right.maps["b"], columns=((0,), (1,), (2,)), column_names=tuple((n,) for n in names)
+        )
+        data = {"b": (COUNTS["b"], names, self.IDS)}
+        with pytest.raises(GeneSpaceError, match=f"gene 0: expected {self.IDS[2]}, got {self.IDS[0]}"):
+            verify_alignment(replace(right, maps={"b": columns}), data)
+
+    def test_of_a_symbol_of_two_ids_the_column_of_the_id_counts(self):
+        space = with_ids(self.IDS)
+        swapped = replace(space.maps["b"], columns=((0,), (1,), (2,)))  # both bear the same name
+        with pytest.raises(
+            GeneSpaceError, match=r"gene 0 \(p\): by name \(s\) cell 0 has 102, by position 100"
+        ):
+            verify_alignment(
+                replace(space, maps={"b": swapped}), {"b": (COUNTS["b"], ["s", "t", "s"], self.IDS)}
+            )
+
+
+def test_verification_of_nothing_is_no_verification():
+    with pytest.raises(GeneSpaceError, match="data: expected cells of at least one dataset"):
+        verify_alignment(space(), {}, resolver=RESOLVER)
+    with pytest.raises(
+        GeneSpaceError, match="b: expected cells with counts of the space's genes, got none in 2"
+    ):
+        verify(space(), b=csr_matrix((2, 3), dtype=np.float32))
+    table = verify_alignment(space(), {"a": (COUNTS["a"][:1], PANELS["a"])}, resolver=RESOLVER).set_index(
+        "dataset"
+    )
+    assert table.loc["b"].tolist() == [0, 0, 0, 0]
+    empty = COUNTS["a"].copy()
+    empty.data[empty.indices == 3] = 0
+    assert verify(space(), a=empty)["n_counted"].tolist() == [3, 3]
+
+
+def test_counts_stay_as_they_were_given():
+    """Stored zeros are left out of the result and stay in the caller's matrix."""
+    stored = csr_matrix((np.array([1, 0, 2, 3, 4], np.float32), [0, 1, 2, 1, 2], [0, 3, 5]), shape=(2, 3))
+    before = [array.copy() for array in (stored.data, stored.indices, stored.indptr)]
+    first = remap(stored, column_map("b"), genes=PANELS["b"])
+    assert first.toarray().tolist() == [[0, 0, 2, 1], [3, 0, 4, 0]] and first.nnz == 4
+    for array, kept in zip((stored.data, stored.indices, stored.indptr), before, strict=True):
+        np.testing.assert_array_equal(array, kept)
+    assert (remap(stored, column_map("b")) != first).nnz == 0
+    assert verify(space(), b=stored)["n_values"].tolist() == [12, 4]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [((0,), (0,), (2,), (1,)), ((1, 1), (), (2,), (0,)), (("1",), (), (2,), (0,)), ((3,), (), (2,), (0,))],
+)
+def test_a_map_that_contradicts_itself_is_refused_where_it_is_used(columns):
+    wrong = replace(
+        column_map("b"), columns=columns, column_names=tuple(("n",) * len(found) for found in columns)
+    )
+    with pytest.raises(GeneSpaceError, match="map: "):
+        remap(COUNTS["b"], wrong)
 
 
 def test_int16_counts_do_not_overflow():
@@ -160,6 +246,12 @@ class TestCache:
         with pytest.raises(GeneSpaceError, match="the map was made for"):
             cached_remap(COUNTS["a"], column_map("a"), genes=renamed, directory=tmp_path)
 
+    def test_a_map_for_another_panel_is_refused_where_a_file_is_kept(self, tmp_path):
+        cached_remap(COUNTS["b"], column_map("b"), genes=PANELS["b"], directory=tmp_path)
+        other = replace(column_map("b"), genes_sha256=hash_genes("xyz"))
+        with pytest.raises(GeneSpaceError, match="the map was made for"):
+            cached_remap(COUNTS["b"], other, genes=PANELS["b"], directory=tmp_path)
+
     def test_a_file_under_the_wrong_name_or_damaged_is_made_again(self, tmp_path):
         right = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
         (file,) = tmp_path.iterdir()
@@ -181,6 +273,6 @@ def test_a_large_sparse_matrix_is_never_dense():
     counts = csr_matrix(random_array((20_000, 30_000), density=1e-5, rng=0))
     counts.data[:] = 2
     columns = tuple((i,) for i in range(0, 30_000, 15))
-    blank = ()
+    blank = (None,) * len(columns)
     made = remap(counts, ColumnMap(columns, columns, 30_000, "", 1, "", "", 0, blank, blank, blank))
     assert made.shape == (20_000, 2000) and made.sum() == counts[:, ::15].sum()
