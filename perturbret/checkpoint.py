@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .atomic import replacing
+from .atomic import replacing, write_json
+from .gene_space import GeneSpace
+from .gene_space_file import SPACE_FILE, to_json
 from .network import ScGPT, Shape
 from .vocabulary import PAD, Vocabulary, load_vocabulary
 
@@ -156,6 +158,7 @@ def save_checkpoint(
     decoders: Mapping[str, torch.Tensor] | None = None,
     half: bool = False,
     official: bool = False,
+    space: GeneSpace | None = None,
 ) -> None:
     """Write a network as `args.json`, `vocab.json` and `best_model.safetensors`, atomically.
 
@@ -173,6 +176,8 @@ def save_checkpoint(
         In half precision.
     official : bool
         Weights as `best_model.pt`, which the official package reads, in place of safetensors.
+    space : GeneSpace, optional
+        That the weights were trained in: its file goes with them, and other panels are refused.
 
     Raises
     ------
@@ -195,6 +200,8 @@ def save_checkpoint(
         temporary.mkdir()
         for name, value in (("args.json", content), ("vocab.json", vocabulary.ids)):
             (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if space is not None:
+            write_json(temporary / SPACE_FILE, to_json(space))
         if official:
             torch.save(tensors, temporary / "best_model.pt")
         else:
@@ -241,6 +248,11 @@ def _read_args(path: Path) -> dict:
     if not isinstance(args, dict):
         raise CheckpointError(f"{path}: expected an object of settings, got {str(args)[:80]}")
     return args
+
+
+def read_tensors(directory: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint directory by their names in the file; errors as of `load_checkpoint`."""
+    return _read_tensors(_weights_file(Path(directory)))
 
 
 def _weights_file(directory: Path) -> Path:

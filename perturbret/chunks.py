@@ -11,8 +11,10 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from .counts import check_counts
+from .gene_space import GeneSpace, GeneSpaceError
 from .genes import is_ensembl_id
 from .h5ad import Source, from_anndata, open_h5ad, row_blocks
+from .remap import remap
 from .screen import Screen
 from .splits import Split
 
@@ -131,6 +133,32 @@ def chunked_anndata(adata: Any, *, name: str, **keys: Any) -> ChunkedCounts:
     """
     source = from_anndata(adata)
     return _chunked(lambda: nullcontext(source), name, **keys)
+
+
+def chunked_in_space(dataset: ChunkedCounts, space: GeneSpace) -> ChunkedCounts:
+    """The same cells over those genes of a space that the dataset measures, in its order and under its names.
+
+    Totals stay those of all columns.
+
+    Raises
+    ------
+    GeneSpaceError
+        The space has no map for the dataset, or one that was made for other columns.
+    """
+    if dataset.name not in space.maps:
+        raise GeneSpaceError(
+            f"{dataset.name}: expected one of the gene space's datasets, {', '.join(space.maps)}"
+        )
+    columns = space.maps[dataset.name]
+    measured = [position for position, found in enumerate(columns.columns) if found]
+
+    def read(n_cells):
+        for counts, totals in dataset.chunks(n_cells):
+            totals = np.asarray(counts.sum(axis=1), np.float64).ravel() if totals is None else totals
+            yield remap(counts, columns, genes=dataset.genes)[:, measured], totals
+
+    genes = np.array(space.names, str)[measured]
+    return ChunkedCounts(dataset.name, genes, None, dataset.n_cells, read, dataset.cells)
 
 
 def _chunked(

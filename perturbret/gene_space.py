@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from .genes import SymbolResolver, strip_version
+
 _SHOWN = 5
 
 
@@ -164,3 +166,58 @@ def check_gene_space(
         f"gene space: the {what} has {len(expected)} genes, the data {len(got)}, and they differ: {shown}{same}; "
         "remap the data into the space that the weights were trained in"
     )
+
+
+def place_panel(
+    space: GeneSpace, genes: Sequence[str], *, resolver: SymbolResolver | None = None
+) -> list[str | None]:
+    """The gene of the space that each column of a panel is, under its name there; None for columns that it leaves out.
+
+    A panel that the space was made for is known by the names of its columns, and placed by its map. Any other must be
+    the space itself: its genes in its order, each under its own name, another name that HGNC knows, or its Ensembl id.
+
+    Parameters
+    ----------
+    space : GeneSpace
+    genes : sequence of str
+        Names of the panel's columns.
+    resolver : SymbolResolver, optional
+        The packaged one by default.
+
+    Raises
+    ------
+    GeneSpaceMismatch
+        The panel is another one: names the first genes that differ. Several of its columns are one gene.
+    """
+    genes = [str(gene) for gene in genes]
+    made_for = hash_genes(genes)
+    for dataset, columns in space.maps.items():
+        if columns.genes_sha256 == made_for:
+            return _placed(space, dataset, len(genes))
+    resolver = SymbolResolver.from_package() if resolver is None else resolver
+    own = resolver.canonical(genes)["gene"].tolist()
+    for position, name in enumerate(genes[: len(space)]):
+        if _is_gene(space, position, name, own[position], resolver):
+            own[position] = space.names[position]
+    check_gene_space(space, own)
+    return own
+
+
+def _placed(space: GeneSpace, dataset: str, n_columns: int) -> list[str | None]:
+    placed: list[str | None] = [None] * n_columns
+    for name, columns in zip(space.names, space.maps[dataset].columns, strict=True):
+        if len(columns) > 1:
+            raise GeneSpaceMismatch(
+                f"gene space: {len(columns)} columns of {dataset} are {name}, expected one; remap the counts first "
+                "(perturbret.remap.remap)"
+            )
+        for column in columns:
+            placed[column] = name
+    return placed
+
+
+def _is_gene(space: GeneSpace, position: int, name: str, approved: str, resolver: SymbolResolver) -> bool:
+    own, identifier = space.names[position], space.ensembl_ids[position]
+    if own in (name.strip(), approved):
+        return True
+    return identifier is not None and identifier in (strip_version(name), resolver.ensembl_ids.get(approved))

@@ -129,6 +129,11 @@ def read_gene_space(path: str | os.PathLike) -> GeneSpace:
     return space
 
 
+def content_hash(space: GeneSpace) -> str:
+    """sha256 of everything that the file of a space says."""
+    return to_json(space)[_DIGEST]
+
+
 def _digest(content: Mapping) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from .checkpoint import save_checkpoint
 from .corpus import Part
 from .decoders import Decoders
 from .finetune import TrainingFailed
+from .gene_space import GeneSpace
 from .masked_values import Batch, draw_batch, losses
 from .network import ScGPT, Shape
 from .optimise import schedule
@@ -176,10 +177,11 @@ def save_pretrained(
     *,
     half: bool = False,
     official: bool = False,
+    space: GeneSpace | None = None,
 ) -> None:
     """Write a checkpoint directory in the official layout, decoders included; see `save_checkpoint`."""
-    tensors = made.decoders.state_dict()
-    save_checkpoint(directory, made.network, vocabulary, ARGS, decoders=tensors, half=half, official=official)
+    options = {"half": half, "official": official, "space": space}
+    save_checkpoint(directory, made.network, vocabulary, ARGS, decoders=made.decoders.state_dict(), **options)
 
 
 def _draw(part: Part, cells: np.ndarray, rng, plan: Plan, vocabulary: Vocabulary) -> Batch:

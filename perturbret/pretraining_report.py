@@ -28,6 +28,8 @@ def setting(run: Pretraining) -> str:
         f"{sum(len(part.held_out) for part in run.corpus):,} cells of {len(run.corpus)} datasets; "
         f"{len(run.vocabulary):,} tokens; {plan.n_layers} layers of width {plan.d_model}; {plan.steps:,} steps."
     )
+    if run.space is not None:
+        line += f" Tokens are the {len(run.space):,} genes of a common space; cells were compared by value with it."
     return ("**SIMULATED DATA**: no reference cells were found. " if run.simulated else "") + line
 
 

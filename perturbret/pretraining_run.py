@@ -9,18 +9,24 @@ from pathlib import Path
 import pandas as pd
 
 from .atomic import write_json, write_text
-from .checkpoint import load_checkpoint
-from .chunks import ChunkedCounts, chunked_screen
+from .checkpoint import load_checkpoint, read_tensors
+from .chunks import ChunkedCounts, chunked_in_space, chunked_screen
 from .corpus import Part, choose_vocabulary, make_corpus
 from .decoders import Decoders
+from .gene_space import GeneSpace
+from .gene_space_file import SPACE_FILE, content_hash, read_gene_space
 from .model import device_name
+from .network import ScGPT
+from .pretrained import find_checkpoint
 from .pretraining import PRESETS, Plan, PretrainedNetwork, pretrain, save_pretrained
 from .provenance import code_hash, directory_hash, environment
 from .reference_cells import load_references
+from .remap import verify_alignment
 from .runs import RunExists, outputs_root, read_manifest, write_table
-from .vocabulary import Vocabulary, load_vocabulary
+from .vocabulary import SPECIALS, Vocabulary, load_vocabulary
 
 CHECKPOINT = "checkpoint"
+_VERIFIED = 500  # cells of each reference that are compared by value
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Pretraining:
     vocabulary : Vocabulary
     corpus : list of Part
     params : dict
+    space : GeneSpace or None
+        That tokens are genes of; None: tokens are found by the names of genes alone.
     """
 
     directory: Path
@@ -49,6 +57,7 @@ class Pretraining:
     vocabulary: Vocabulary
     corpus: list[Part]
     params: dict
+    space: GeneSpace | None = None
 
 
 def open_pretraining(
@@ -56,6 +65,7 @@ def open_pretraining(
     *,
     references: str = "",
     names: list | None = None,
+    gene_space: str = "",
     steps: int = 0,
     seed: int = 0,
     outputs: str = "",
@@ -71,6 +81,10 @@ def open_pretraining(
         YAML file of reference datasets; empty for `params/references.yaml`.
     names : list of str, optional
         Only these of them.
+    gene_space : str
+        cross_dataset_hvg_info.json of notebook 02, or its directory: tokens are the genes of that space and no others,
+        reference cells are remapped into it and verified by value, and the checkpoint keeps it. Empty: all genes that
+        the references measure and scGPT has a token for.
     steps : int
         In place of the preset's; 0: those.
     seed : int
@@ -83,6 +97,8 @@ def open_pretraining(
     ------
     ValueError
         The preset is unknown.
+    GeneSpaceError
+        A reference is not in the space, or is there with other columns.
     RunExists
         The directory holds a run with other parameters, and `overwrite` is false.
     """
@@ -96,7 +112,12 @@ def open_pretraining(
         from .datasets import load_screen
 
         found = [chunked_screen(load_screen("simulated"))]
-    vocabulary = choose_vocabulary(found, load_vocabulary())
+    space = read_gene_space(gene_space) if gene_space else None
+    if space is None:
+        vocabulary = choose_vocabulary(found, load_vocabulary())
+    else:
+        found = _into_space(found, space)
+        vocabulary = Vocabulary((*space.names, *SPECIALS), f"{len(space)} genes of a common space")
     corpus = make_corpus(found, vocabulary, directory=root / "corpus")
     params = {
         "preset": preset,
@@ -105,8 +126,9 @@ def open_pretraining(
         "simulated": simulated,
         "references": {part.name: part.hash for part in corpus},
         "vocabulary": vocabulary.hash,
+        "gene_space": content_hash(space) if space else None,
     }
-    directory = root / f"{preset}-seed{seed}"
+    directory = root / (f"{preset}-seed{seed}" + (f"-space-{params['gene_space'][:8]}" if space else ""))
     made = read_manifest(directory)
     if made and not overwrite:
         for name, value in params.items():
@@ -115,7 +137,15 @@ def open_pretraining(
                     f"{directory.name}: the run there has {name}={made['params'].get(name)!r}, asked for {value!r}; "
                     f"give another outputs directory, or overwrite=True to replace it"
                 )
-    return Pretraining(directory, plan, seed, simulated, tuple(found), vocabulary, corpus, params)
+    return Pretraining(directory, plan, seed, simulated, tuple(found), vocabulary, corpus, params, space)
+
+
+def _into_space(references: list[ChunkedCounts], space: GeneSpace) -> list[ChunkedCounts]:
+    """The references in the common order, after some cells of each were compared by value."""
+    remapped = [chunked_in_space(reference, space) for reference in references]
+    some = {r.name: (next(r.chunks(_VERIFIED))[0], r.genes, r.ensembl_ids) for r in references}
+    verify_alignment(space, some)
+    return remapped
 
 
 def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
@@ -132,7 +162,7 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
     # Named by the code: what other code began is not gone on with.
     state = run.directory / f"training-{code[:12]}.pt"
     result = pretrain(run.corpus, run.vocabulary, run.plan, seed=run.seed, state=state, report=report)
-    save_pretrained(place, result, run.vocabulary)
+    save_pretrained(place, result, run.vocabulary, official=True, space=run.space)
     write_table(run.directory / "history.csv", result.history)
     write_table(run.directory / "by_dataset.csv", result.by_dataset.reset_index(names="dataset"))
     content = {
@@ -150,30 +180,58 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
 
 def read_pretrained(directory: Path) -> PretrainedNetwork:
     """What `run_pretraining` wrote."""
-    from safetensors.torch import load_file
+    network, decoders = _networks(directory / CHECKPOINT)
+    by_dataset = pd.read_csv(directory / "by_dataset.csv", index_col="dataset").rename_axis(None)
+    return PretrainedNetwork(network, decoders, pd.read_csv(directory / "history.csv"), by_dataset)
 
-    place = directory / CHECKPOINT
+
+def _networks(place: Path) -> tuple[ScGPT, Decoders]:
     network = load_checkpoint(place, report=lambda text: None).network
     decoders = Decoders(network.shape.d_model)
-    tensors = load_file(place / "best_model.safetensors")
-    decoders.load_state_dict({name: tensors[name] for name in decoders.state_dict()})
-    by_dataset = pd.read_csv(directory / "by_dataset.csv", index_col="dataset").rename_axis(None)
-    return PretrainedNetwork(network, decoders.eval(), pd.read_csv(directory / "history.csv"), by_dataset)
+    tensors = read_tensors(place)
+    decoders.load_state_dict({name: tensors[name].float() for name in decoders.state_dict()})
+    return network, decoders.eval()
 
 
 def ship(directory: Path, target: Path) -> None:
     """Write a finished run's checkpoint in half precision to `target`, as the package carries it; a card stays."""
-    made, card = read_pretrained(directory), target / "README.md"
+    card = target / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else None
-    save_pretrained(target, made, load_vocabulary(directory / CHECKPOINT), half=True)
+    _convert(directory / CHECKPOINT, target, half=True)
     if text is not None:
         write_text(card, text)
 
 
+def export(checkpoint: str, target: Path) -> None:
+    """Write a checkpoint that was pretrained here, by name or path, as the official package reads it: `best_model.pt`.
+
+    Raises
+    ------
+    FileExistsError
+        There is something at `target`.
+    """
+    if target.exists():
+        raise FileExistsError(f"expected a directory that does not exist yet, got {target}")
+    _convert(find_checkpoint(checkpoint), target, official=True)
+
+
+def _convert(place: Path, target: Path, **form: bool) -> None:
+    network, decoders = _networks(place)
+    space = read_gene_space(place) if (place / SPACE_FILE).exists() else None
+    made = PretrainedNetwork(network, decoders, pd.DataFrame(), pd.DataFrame())
+    save_pretrained(target, made, load_vocabulary(place), space=space, **form)
+
+
 def _main(arguments: list[str]) -> None:
-    if len(arguments) != 3 or arguments[0] != "ship":
-        raise SystemExit("usage: python -m perturbret.pretraining_run ship RUN_DIRECTORY TARGET_DIRECTORY")
-    ship(Path(arguments[1]), Path(arguments[2]))
+    match arguments:
+        case ["ship", directory, target]:
+            ship(Path(directory), Path(target))
+        case ["export", checkpoint, target]:
+            export(checkpoint, Path(target))
+        case _:
+            raise SystemExit(
+                "usage: python -m perturbret.pretraining_run ship RUN_DIRECTORY TARGET | export CHECKPOINT TARGET"
+            )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint
-from .gene_space import check_gene_space
+from .gene_space import place_panel
 from .gene_space_file import SPACE_FILE, read_gene_space
-from .genes import SymbolResolver
 from .network import ScGPT, fingerprint
 from .vocabulary import NO_TOKEN, PAD, SPECIALS, Vocabulary, map_genes
 
@@ -78,18 +77,20 @@ def make_trunk(
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
     genes = list(genes)
+    names = genes
     if (Path(checkpoint) / SPACE_FILE).exists():
         # Weights that were trained in a fixed gene space go with that space alone.
-        own = SymbolResolver.from_package().canonical(genes)["gene"]
-        check_gene_space(read_gene_space(checkpoint), own.tolist())
+        names = place_panel(read_gene_space(checkpoint), genes)
     loaded = load_checkpoint(checkpoint, report=report)
     origin = {"init": init, "checkpoint": str(checkpoint), "account": str(loaded.account)}
-    mapped = map_genes(genes, loaded.vocabulary)
-    vocabulary, rows = restrict(loaded.vocabulary, mapped.token_ids)
+    own_ids = np.full(len(genes), NO_TOKEN)
+    placed = np.array([name is not None for name in names], bool)
+    own_ids[placed] = map_genes([name for name in names if name is not None], loaded.vocabulary).token_ids
+    vocabulary, rows = restrict(loaded.vocabulary, own_ids)
     if len(vocabulary) == len(SPECIALS):
         raise ValueError(
-            f"genes: expected some that the vocabulary of {checkpoint} has, got none of {len(mapped.table)} "
-            f"(first: {mapped.table['gene'].iloc[0]!r})"
+            f"genes: expected some that the vocabulary of {checkpoint} has, got none of {len(genes)} "
+            f"(first: {str(genes[0])!r})"
         )
     shape = dataclasses.replace(
         loaded.network.shape,
@@ -105,8 +106,8 @@ def make_trunk(
         weights["encoder.embedding.weight"] = weights["encoder.embedding.weight"][torch.from_numpy(rows)]
         network.load_state_dict(weights)
     origin["checkpoint_sha256"] = fingerprint(loaded.network if init == "pretrained" else network)
-    origin["genes_without_token"] = int((mapped.token_ids == NO_TOKEN).sum())
-    token_ids = np.where(mapped.token_ids == NO_TOKEN, NO_TOKEN, np.searchsorted(rows, mapped.token_ids))
+    origin["genes_without_token"] = int((own_ids == NO_TOKEN).sum())
+    token_ids = np.where(own_ids == NO_TOKEN, NO_TOKEN, np.searchsorted(rows, own_ids))
     return Trunk(network, vocabulary, token_ids, loaded.token_settings, origin)
 
 

@@ -4,10 +4,11 @@ Its own requirements do not install beside a current torch: torchtext is archive
 All that scgpt takes from torchtext is a table of tokens, and from `datasets` two names that only its training data
 use. Stand-ins take their places while it is imported, and are gone afterwards.
 
-    from scgpt_oracle import scgpt
+    from scgpt_oracle import scgpt, load_official
 """
 
 import importlib
+import json
 import sys
 import types
 import warnings
@@ -107,3 +108,22 @@ def official_model(n_genes=100, d_model=32, n_heads=4, d_hid=48, n_layers=3, dro
             if parameter.ndim == 1:
                 parameter.data.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
     return model.eval(), vocab
+
+
+def load_official(directory):
+    """The official model with the weights of a directory in the official layout, read by the official loader."""
+    import torch
+
+    args, ids = (json.loads((directory / name).read_text()) for name in ("args.json", "vocab.json"))
+    model = scgpt.model.TransformerModel(
+        ntoken=len(ids), d_model=args["embsize"], nhead=args["nheads"], d_hid=args["d_hid"], nlayers=args["nlayers"],
+        nlayers_cls=args["n_layers_cls"], n_cls=1, vocab=Vocab(list(ids)), dropout=args["dropout"],
+        pad_token=args["pad_token"], pad_value=args["pad_value"], do_mvc=True, use_fast_transformer=False,
+    )  # fmt: skip
+    weights = torch.load(directory / "best_model.pt", weights_only=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scgpt.utils.load_pretrained(model, weights, verbose=False)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    # Norms start as what they may still be after a few steps.
+    assert len(changed) >= len(weights) - 5
+    return model.eval()

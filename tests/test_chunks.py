@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix, vstack
 
-from perturbret.chunks import ChunkedCounts, chunked_anndata, chunked_h5ad, chunked_screen
+from perturbret.chunks import ChunkedCounts, chunked_anndata, chunked_h5ad, chunked_in_space, chunked_screen
 from perturbret.counts import CountsError
+from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
 from perturbret.simulate import simulate_screen
 from perturbret.splits import make_split
 
@@ -34,6 +35,30 @@ def together(source, size):
     chunks = list(source.chunks(size))
     assert all(counts.shape[0] <= size for counts, _ in chunks)
     return vstack([counts for counts, _ in chunks]).toarray(), [totals for _, totals in chunks]
+
+
+def test_cells_in_a_gene_space_keep_values_and_totals():
+    """Genes of the space that are measured, in its order; columns of one gene summed; totals of all columns."""
+    source = chunked_anndata(example(), name="cells", symbol_key="symbol")
+    columns = ((3,), (), (0, 5), (1,))
+    blank = (None,) * 4
+    names = tuple(tuple(source.genes[i] for i in found) for found in columns)
+    hashed = hash_genes(source.genes)
+    made = ColumnMap(columns, names, 6, hashed, 25, "all", "", 0.0, blank, blank, blank)
+    space = GeneSpace(("D", "other", "A", "B"), blank, {"cells": made}, {}, {})
+    remapped = chunked_in_space(source, space)
+    assert remapped.genes.tolist() == ["D", "A", "B"] and remapped.n_cells == 25
+    counts, totals = together(remapped, 10)
+    np.testing.assert_array_equal(
+        counts, np.stack([COUNTS[:, 3], COUNTS[:, 0] + COUNTS[:, 5], COUNTS[:, 1]], axis=1)
+    )
+    np.testing.assert_array_equal(np.concatenate(totals), COUNTS.sum(axis=1))
+    known = chunked_in_space(
+        chunked_anndata(example(), name="cells", symbol_key="symbol", total_key="umis"), space
+    )
+    np.testing.assert_array_equal(np.concatenate(together(known, 10)[1]), COUNTS.sum(axis=1) * 10)
+    with pytest.raises(GeneSpaceError, match="elsewhere: expected one of the gene space's datasets, cells"):
+        chunked_in_space(chunked_anndata(example(), name="elsewhere"), space)
 
 
 @pytest.mark.parametrize("matrix", ["X", "dense", "columns"])

@@ -1,26 +1,34 @@
 """Pretraining: batches with hidden values, losses, resuming, and checkpoints that the official package reads."""
 
 import dataclasses
-import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import toy
 from scipy.sparse import csr_matrix
 
 from perturbret import pretraining_run
+from perturbret.align import align_screen
 from perturbret.checkpoint import load_checkpoint
 from perturbret.chunks import ChunkedCounts
 from perturbret.corpus import choose_vocabulary, make_corpus
 from perturbret.decoders import Decoders
 from perturbret.fetch import DataNotFound
 from perturbret.finetune import TrainingFailed
+from perturbret.gene_space import GeneSpaceError, GeneSpaceMismatch
+from perturbret.gene_space_file import read_gene_space, write_gene_space
 from perturbret.masked_values import HIDDEN, PAD_VALUE, draw_batch, losses
+from perturbret.modes import fit_scgpt
 from perturbret.network import ScGPT, Shape
+from perturbret.prepare import prepare
 from perturbret.pretraining import PRESETS, Plan, pretrain, save_pretrained
 from perturbret.pretraining_run import open_pretraining, read_pretrained, run_pretraining, ship
 from perturbret.runs import RunExists
-from perturbret.vocabulary import SPECIALS, Vocabulary
+from perturbret.splits import make_split
+from perturbret.trunk import make_trunk
+from perturbret.vocabulary import SPECIALS, Vocabulary, load_vocabulary
 
 GENES = np.array([f"G{i}" for i in range(30)])
 PLAN = Plan(d_model=16, n_heads=2, d_hid=16, n_layers=1, steps=8, batch_cells=8, max_length=20, check_every=4)
@@ -190,26 +198,14 @@ def test_checkpoint_reads_back_and_in_half_precision(corpus, vocabulary, tmp_pat
     torch.testing.assert_close(half.encoder.embedding.weight, weights, atol=1e-3, rtol=1e-3)
 
 
-def test_the_official_package_loads_the_checkpoint(corpus, vocabulary, tmp_path):
+def test_the_official_package_loads_what_a_run_leaves(tmp_path, monkeypatch):
     """Cell embeddings and both decoders of the official model equal ours with the weights that we wrote."""
-    from scgpt_oracle import Vocab, scgpt
+    from scgpt_oracle import load_official
 
-    made = pretrain(corpus, vocabulary, PLAN, seed=0, report=lambda text: None)
-    save_pretrained(tmp_path / "official", made, vocabulary, official=True)
-    args = json.loads((tmp_path / "official" / "args.json").read_text())
-    ids = json.loads((tmp_path / "official" / "vocab.json").read_text())
-    model = scgpt.model.TransformerModel(
-        ntoken=len(ids), d_model=args["embsize"], nhead=args["nheads"], d_hid=args["d_hid"], nlayers=args["nlayers"],
-        nlayers_cls=args["n_layers_cls"], n_cls=1, vocab=Vocab(list(ids)), dropout=args["dropout"],
-        pad_token=args["pad_token"], pad_value=args["pad_value"], do_mvc=True, use_fast_transformer=False,
-    )  # fmt: skip
-    weights = torch.load(tmp_path / "official" / "best_model.pt", weights_only=True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    scgpt.utils.load_pretrained(model, weights, verbose=False)
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert len(changed) >= len(weights) - 5  # norms start as what they may still be after 8 steps
-    model.eval()
-    genes = torch.tensor([[vocabulary.ids["<cls>"], 3, 8, 11]])
+    run = open_run(monkeypatch, tmp_path, [reference()[0]])
+    made = run_pretraining(run, report=lambda text: None)
+    model = load_official(run.directory / "checkpoint")
+    genes = torch.tensor([[run.vocabulary.ids["<cls>"], 3, 8, 11]])
     values = torch.tensor([[PAD_VALUE, 1.5, HIDDEN, 4.0]])
     padding = torch.zeros_like(genes, dtype=torch.bool)
     with torch.inference_mode():
@@ -219,6 +215,78 @@ def test_the_official_package_loads_the_checkpoint(corpus, vocabulary, tmp_path)
         torch.testing.assert_close(theirs["mlm_output"], made.decoders.decoder(outputs), atol=1e-4, rtol=1e-3)
         ours = made.decoders.mvc_decoder(outputs[:, 0], made.network.encoder(genes))
         torch.testing.assert_close(theirs["mvc_output"], ours, atol=1e-4, rtol=1e-3)
+
+
+def open_run(monkeypatch, tmp_path, references, **options):
+    """A tiny run on the given references."""
+    monkeypatch.setattr(pretraining_run, "load_references", lambda path, **keywords: list(references))
+    small = Vocabulary((*GENES, *SPECIALS), "test")
+    monkeypatch.setattr(
+        pretraining_run, "load_vocabulary", lambda *place: load_vocabulary(*place) if place else small
+    )
+    return open_pretraining("tiny", **{"steps": 8, "outputs": str(tmp_path), **options})
+
+
+@pytest.fixture
+def spaced(tmp_path):
+    """A screen, a reference with the same genes in another order and one more, and their space in a directory."""
+    screen = toy.tiny_screen()
+    order = np.random.default_rng(0).permutation(len(screen.genes))
+    other, counts = reference(genes=np.array([*screen.genes[order], "EXTRA9"]), n_cells=50)
+    with warnings.catch_warnings(action="ignore"):
+        space = align_screen(screen, [other], n=15)
+    write_gene_space(space, tmp_path / "vocab")
+    return screen, other, counts, space, tmp_path / "vocab"
+
+
+def test_a_run_in_a_gene_space_and_a_training_run_that_refuses_another(spaced, tmp_path, monkeypatch):
+    screen, other, counts, space, place = spaced
+    run = open_run(monkeypatch, tmp_path, [other], gene_space=str(place))
+    assert run.vocabulary.tokens == (*space.names, *SPECIALS) and len(space) == 15
+    (part,) = run.corpus
+    # Values in the corpus are those of the columns that bear the names.
+    columns = {gene: column for column, gene in enumerate(other.genes)}
+    dense, (genes, values) = counts.toarray(), part.cell(7)
+    by_name = dense[7, [columns[run.vocabulary.tokens[gene]] for gene in genes]]
+    np.testing.assert_allclose(values, np.log1p(by_name / dense[7].sum() * 1e4), rtol=1e-6)
+    assert len(genes) == (dense[7, [columns[gene] for gene in space.names]] > 0).sum()
+
+    run_pretraining(run, report=lambda text: None)
+    checkpoint = run.directory / "checkpoint"
+    assert read_gene_space(checkpoint) == space and run.directory.name.startswith("tiny-seed0-space-")
+    prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    settings = {"mode": "frozen", "checkpoint": str(checkpoint)}
+    fitted = fit_scgpt(prepared, seed=0, settings=settings, report=lambda line: None)
+    trunk = make_trunk(
+        screen.genes, checkpoint=checkpoint, init="pretrained", seed=0, report=lambda line: None
+    )
+    tokens = [trunk.vocabulary.tokens[i] if i >= 0 else None for i in trunk.token_ids]
+    assert tokens == [gene if gene in space.names else None for gene in screen.genes]
+    assert np.isfinite(fitted.encoder.embed(prepared.cells)).all()
+
+    cells = dataclasses.replace(prepared.cells, genes=prepared.cells.genes[::-1])
+    with pytest.raises(GeneSpaceMismatch, match=f"position 0: {space.names[0]} against {screen.genes[-1]}"):
+        fit_scgpt(
+            dataclasses.replace(prepared, cells=cells), seed=0, settings=settings, report=lambda line: None
+        )
+    shipped = tmp_path / "shipped"
+    ship(run.directory, shipped)
+    assert read_gene_space(shipped) == space
+
+
+def test_references_that_are_not_those_of_the_space_are_refused(spaced, tmp_path, monkeypatch):
+    _, other, _, space, place = spaced
+    with pytest.raises(GeneSpaceError, match="ref2: expected one of the gene space's datasets"):
+        open_run(monkeypatch, tmp_path, [dataclasses.replace(other, name="ref2")], gene_space=str(place))
+    turned = dataclasses.replace(other, genes=other.genes[::-1])
+    with pytest.raises(GeneSpaceError):
+        open_run(monkeypatch, tmp_path, [turned], gene_space=str(place))
+    # A map whose columns were sorted the wrong way, under its own hash: only values tell.
+    columns = space.maps["ref"]
+    wrong = dataclasses.replace(columns, columns=tuple(sorted(columns.columns)))
+    write_gene_space(dataclasses.replace(space, maps={**space.maps, "ref": wrong}), place)
+    with pytest.raises(GeneSpaceError, match="by name .* by position"):
+        open_run(monkeypatch, tmp_path, [other], gene_space=str(place))
 
 
 def test_a_run_without_reference_cells_says_simulated_and_is_reused(tmp_path, monkeypatch):

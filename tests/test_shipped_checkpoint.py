@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import perturbret
 from perturbret.checkpoint import load_checkpoint
 from perturbret.pretrained import find_checkpoint, load_checkpoint_registry
+from perturbret.pretraining_run import export
 from perturbret.trunk import make_trunk
 from perturbret.vocabulary import NO_TOKEN, SPECIALS, load_vocabulary, map_genes
 
@@ -75,3 +77,19 @@ def test_it_knows_the_genes_of_a_real_screen(real_data, loaded):
     assert len(genes) == 500 and found.sum() >= 495
     trunk = make_trunk(genes, checkpoint=PLACE, init="pretrained", seed=0, report=lambda line: None)
     assert trunk.origin["genes_without_token"] == (~found).sum()
+
+
+def test_it_is_exported_as_the_official_package_reads_it(loaded, tmp_path):
+    from scgpt_oracle import load_official
+
+    export("small", tmp_path / "official")
+    model = load_official(tmp_path / "official")
+    for name in ("encoder.embedding.weight", "transformer_encoder.layers.1.linear2.weight"):
+        assert torch.equal(model.state_dict()[name], loaded.network.state_dict()[name])
+    genes, values = torch.tensor([[loaded.vocabulary.ids["<cls>"], 5, 900]]), torch.tensor([[-2.0, 1.5, 3.0]])
+    with torch.inference_mode():
+        theirs = model(genes, values, torch.zeros_like(genes, dtype=torch.bool))["cell_emb"]
+        ours = loaded.network.run(loaded.network.inputs(genes, values), None)[:, 0]
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+    with pytest.raises(FileExistsError, match="official"):
+        export("small", tmp_path / "official")
