@@ -164,7 +164,7 @@ def check_gene_space(
     same = "; the genes are the same in another order" if sorted(expected) == sorted(got) else ""
     raise GeneSpaceMismatch(
         f"gene space: the {what} has {len(expected)} genes, the data {len(got)}, and they differ: {shown}{same}; "
-        "remap the data into the space that the weights were trained in"
+        "take weights that were trained in the data's own space (notebooks 02 and 00), or remap the data into this one"
     )
 
 

@@ -153,5 +153,9 @@ def test_page_of_starts_says_what_its_table_says(pretraining, tmp_path):
     assert low > 0.6
     assert f"Pretraining, head, 10% of labels: {value:+.3f}" in text and "lora_head" not in text
     assert "10% of labels: the best of these on validation cells, head shipped" in text
+    assert "Pretraining, head: clearly more hits at 1 of 2 shares of labels, clearly fewer at 0" in text
+    assert "It pays more with 10% of labels than with 100%, head: difference of the differences +0." in text
+    assert "clearly better at 1 of 2 shares and clearly worse at 0" in text
+    assert "--dataset tiny --seeds 0 1 --shares 0.1 1.0 --modes head --starts 'random' 'shipped'`" in text
     pretraining.draw(table, tmp_path / "curves.svg")
     assert "head" in (tmp_path / "curves.svg").read_text()

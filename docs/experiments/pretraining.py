@@ -42,6 +42,7 @@ STARTS = {
     "shipped + mlm": {"adapt": "mlm", "adapt_steps": 200},
 }
 MODES = ("frozen", "head", "lora_head")
+SEEDS, SHARES = (0, 1, 2), (0.1, 0.25, 0.5, 1.0)
 OPPONENTS = ("logreg", "pca")
 COLOURS = {"random": "#8a8a8a", "shipped": "#1b6ca8", "shipped + mlm": "#c1440e"}
 CODE = ("datasets", "splits", "prepare", "evaluate", "validation", "baselines", "modes")
@@ -159,55 +160,129 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def said(value: float, low: float, high: float) -> str:
-    verdict = "more" if low > 0 else "less" if high < 0 else "no clear difference"
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}], {verdict}"
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}"
+
+
+def verdict(low: float, high: float) -> str:
+    return "more" if low > 0 else "less" if high < 0 else "no clear difference"
+
+
+def more_with_few(table: pd.DataFrame, mode: str) -> tuple[float, float, float] | None:
+    """What pretraining is worth with the smallest share of labels less what it is worth with the largest, paired."""
+    few, many = table["share"].min(), table["share"].max()
+    keys = ["seed", "query_id", "condition"]
+    wide = table.pivot_table(index=keys, columns=["method", "share"], values="exact_hit@1")
+    needed = [(f"{mode} {start}", share) for start in ("shipped", "random") for share in (few, many)]
+    if few == many or not set(needed) <= set(wide.columns):
+        return None
+    wide = wide[needed].dropna()
+    worth = {share: wide[f"{mode} shipped", share] - wide[f"{mode} random", share] for share in (few, many)}
+    found = paired_difference(
+        worth[few].to_numpy(), worth[many].to_numpy(), wide.index.get_level_values("condition"), seed=0
+    )
+    return tuple(float(np.ravel(value)[0]) for value in (found.estimate, found.low, found.high))
+
+
+def comparisons(table: pd.DataFrame) -> pd.DataFrame:
+    """Every paired difference of the page: `what`, `mode`, `share`, `estimate`, `low`, `high`."""
+    rows = []
+    methods = table.groupby("share")["method"].agg(set)
+    for what, one, other in (("pretraining", "shipped", "random"), ("adapting", "shipped + mlm", "shipped")):
+        for mode in MODES:
+            for share, there in methods.items():
+                pair = (f"{mode} {one}", f"{mode} {other}")
+                if set(pair) <= there:
+                    rows.append((what, mode, share, *difference(table, *pair, share)))
+    validation = table.groupby(["method", "share"])["validation"].mean().unstack()
+    validation = validation[[" " in method for method in validation.index]]
+    for share in methods.index:
+        best = validation[share].idxmax()
+        rows.append(("best", best, share, *difference(table, best, "logreg", share)))
+    return pd.DataFrame(rows, columns=["what", "mode", "share", "estimate", "low", "high"])
+
+
+def conclusion(table: pd.DataFrame, found: pd.DataFrame) -> str:
+    """What follows from the intervals, whichever way it falls."""
+    lines = []
+    for what, name in (("pretraining", "Pretraining"), ("adapting", "Adapting to unlabelled training cells")):
+        part = found[found["what"] == what]
+        for mode in MODES:
+            rows = part[part["mode"] == mode]
+            if len(rows):
+                counts = rows.apply(lambda row: verdict(row["low"], row["high"]), axis=1).value_counts()
+                more, less = (counts.get(word, 0) for word in ("more", "less"))
+                lines.append(
+                    f"{name}, {mode}: clearly more hits at {more} of {len(rows)} shares of labels, clearly fewer at "
+                    f"{less} ({rows['estimate'].min():+.3f} to {rows['estimate'].max():+.3f})."
+                )
+    for mode in MODES:
+        values = more_with_few(table, mode)
+        if values:
+            few, many = table["share"].min(), table["share"].max()
+            pays = {"more": "It pays more", "less": "It pays less"}.get(
+                verdict(*values[1:]), "It is not shown to pay more"
+            )
+            lines.append(
+                f"{pays} with {few:.0%} of labels than with {many:.0%}, {mode}: difference of the differences "
+                f"{values[0]:+.3f} [{values[1]:+.3f}, {values[2]:+.3f}]."
+            )
+    best = found[found["what"] == "best"]
+    above, below = (best["low"] > 0).sum(), (best["high"] < 0).sum()
+    lines.append(
+        f"Against logistic regression, the best of these on validation cells is clearly better at {above} of "
+        f"{len(best)} shares and clearly worse at {below}."
+    )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def report(table: pd.DataFrame, dataset: str) -> str:
-    """The page: a table of means, and paired differences in computed sentences."""
+    """The page: conclusions, a table of means, and paired differences in computed sentences."""
     seeds, shares = sorted(table["seed"].unique()), sorted(table["share"].unique())
     mean = table.groupby(["method", "share"])["exact_hit@1"].mean().unstack().round(3)
-    done = {method.split(" ", 1)[0] for method in mean.index}
-    asked = "" if done >= set(MODES) else f" --modes {' '.join(mode for mode in MODES if mode in done)}"
     lines = [f"# What pretraining is worth: {dataset}", ""]
     lines.append(
         f"exact_hit@1 of single query cells, mask all_targets, in_dist, mean of seeds {', '.join(map(str, seeds))}; "
         f"read-outs and epochs chosen on validation cells. Made by "
-        f"`python docs/experiments/pretraining.py --dataset {dataset}{asked}`."
+        f"`python docs/experiments/pretraining.py --dataset {dataset}{asked(table)}`."
     )
-    lines += ["", f"![curves](pretraining_{dataset}.svg)", ""]
+    found = comparisons(table)
+    lines += ["", f"![curves](pretraining_{dataset}.svg)", "", conclusion(table, found), ""]
     lines += [
         f"| method | {' | '.join(f'{share:.0%}' for share in shares)} |",
         "| --- |" + " --- |" * len(shares),
     ]
     for method, row in mean.iterrows():
         lines.append(f"| {method} | {' | '.join('–' if np.isnan(v) else f'{v:.3f}' for v in row)} |")
-    if mean.isna().any(axis=None):
-        lines += ["", "–: not run."]
     lines += ["", "Paired differences on the same queries, 95% intervals over conditions:", ""]
-    for title, one, other in (
-        ("Pretraining", "shipped", "random"),
-        ("Adapting to unlabelled training cells", "shipped + mlm", "shipped"),
-    ):
-        for mode in MODES:
-            for share in shares:
-                methods = set(table.loc[table["share"] == share, "method"])
-                pair = (f"{mode} {one}", f"{mode} {other}")
-                if set(pair) <= methods:
-                    lines.append(
-                        f"- {title}, {mode}, {share:.0%} of labels: {said(*difference(table, *pair, share))}."
-                    )
-    validation = table.groupby(["method", "share"])["validation"].mean().unstack()
-    validation = validation[[" " in method for method in validation.index]]
-    for share in shares:
-        best = validation[share].idxmax()
-        lines.append(
-            f"- {share:.0%} of labels: the best of these on validation cells, {best}, against logistic regression: "
-            f"{said(*difference(table, best, 'logreg', share))}."
-        )
+    titles = {
+        "pretraining": "Pretraining, {mode}, {share:.0%} of labels",
+        "adapting": "Adapting to unlabelled training cells, {mode}, {share:.0%} of labels",
+        "best": "{share:.0%} of labels: the best of these on validation cells, {mode}, against logistic regression",
+    }
+    for row in found.itertuples():
+        title = titles[row.what].format(mode=row.mode, share=row.share)
+        lines.append(f"- {title}: {said(row.estimate, row.low, row.high)}.")
     made = environment(device_name())
     lines += ["", f"perturbret {made['packages']['perturbret']}, Python {made['python']}, {made['device']}."]
     return "\n".join(lines) + "\n"
+
+
+def asked(table: pd.DataFrame) -> str:
+    """Options of the command that makes this table, where they are not the defaults."""
+    tuned = [method.split(" ", 1) for method in table["method"].unique() if " " in method]
+    modes, starts = ({part[i] for part in tuned} for i in (0, 1))
+    given = {
+        "--seeds": (sorted(table["seed"].unique()), list(SEEDS)),
+        "--shares": (sorted(table["share"].unique()), list(SHARES)),
+        "--modes": ([mode for mode in MODES if mode in modes], list(MODES)),
+        "--starts": (
+            [f"'{start}'" for start in STARTS if start in starts],
+            [f"'{start}'" for start in STARTS],
+        ),
+    }
+    return "".join(
+        f" {name} {' '.join(map(str, got))}" for name, (got, usual) in given.items() if got != usual
+    )
 
 
 def main() -> None:
@@ -215,8 +290,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", default="norman_subset")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--jobs", type=int, default=1, help="processes, each fitting other seeds and shares")
