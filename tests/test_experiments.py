@@ -55,7 +55,7 @@ def design(alignment):
 def test_reference_and_screen_share_programs_and_nothing_else(alignment, design):
     """Genes that go together in the reference, found by name, are those that conditions move together."""
     large = dataclasses.replace(design, n_reference=2000, n_conditions=30, effect=1.0)
-    prepared, reference = alignment.draw(large, 0)
+    prepared, reference, _ = alignment.draw(large, 0)
     ((counts, totals),) = reference.chunks()
     names, genes = list(reference.genes), prepared.cells.genes
     assert sorted(names) == sorted(genes) and (reference.genes != genes).mean() > 0.8
@@ -71,23 +71,29 @@ def test_reference_and_screen_share_programs_and_nothing_else(alignment, design)
 
 
 def test_arms_differ_in_whose_row_a_gene_reads_alone(alignment, design, tmp_path):
-    prepared, reference = alignment.draw(design, 1)
-    alignment.write_checkpoints(design, 1, prepared.cells.genes, reference, tmp_path)
+    prepared, reference, space = alignment.draw(design, 1)
+    alignment.write_checkpoints(design, 1, prepared.cells.genes, reference, space, tmp_path)
     right, wrong = (
         load_checkpoint(tmp_path / arm, report=lambda text: None) for arm in ("aligned", "shuffled")
     )
     for name, tensor in right.network.state_dict().items():
         assert (tensor == wrong.network.state_dict()[name]).all()
+    assert sorted(space.names) == sorted(prepared.cells.genes)
     for column, gene in enumerate(prepared.cells.genes):
-        assert right.vocabulary.ids[reference.genes[column]] == wrong.vocabulary.ids[gene] == column
+        assert right.vocabulary.ids[reference.genes[column]] == wrong.vocabulary.ids[gene]
 
 
 def test_page_and_figure_come_from_the_table(alignment, design, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "MODES", {"frozen": ({}, {}), "head": ({"epochs": 1}, {})})
-    table = alignment.measure(design, [0, 1], tmp_path / "alignment.csv")
+    monkeypatch.setenv("PERTURBRET_OUTPUTS", str(tmp_path))
+    table = alignment.measure(design, [0, 1])
     assert set(table["method"]) == set(alignment.methods()) and (table["queries"] == 6).all()
     monkeypatch.setattr(alignment, "measure_seed", lambda *given, **named: pytest.fail("measured again"))
-    again = alignment.measure(design, [0, 1], tmp_path / "alignment.csv")
+    again = alignment.measure(design, [0, 1])
+    pd.testing.assert_frame_equal(again, table)
+    monkeypatch.setattr(alignment, "code_hash", lambda *modules: "other code")
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        alignment.measure(design, [0])
     expected = table.groupby("method")["hits"].sum() / table.groupby("method")["queries"].sum()
     for method, hit in expected.items():
         mean, low, high = alignment.level(again, method)

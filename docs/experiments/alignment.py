@@ -1,37 +1,48 @@
 """What aligned genes are worth to pretraining, on SIMULATED cells whose gene programs are known.
 
-    python docs/experiments/alignment.py
+    python docs/experiments/alignment.py --jobs 2
 
-Reference cells and a screen are drawn from the same gene programs; the reference lists its genes in another order. One
-small scGPT is pretrained on the reference and read in two ways: tokens found by the names of genes, or by the number of
-their column, as if both data sets listed the same genes. A third has random weights. Read-outs and epochs are chosen on
-validation cells, then the query cells are looked at once. Writes alignment.csv, .svg and .md beside itself. What is in
-the CSV already is not made again.
+Reference cells and a screen are drawn from the same gene programs; the reference lists its genes in another order. Both
+are aligned (`perturbret.align`), the reference is remapped into their gene space, and one small scGPT is pretrained on
+it. It is read in two ways: tokens are the genes of the space, or what the screen has at the number of the reference's
+column, as if both listed the same genes. A third has random weights. Read-outs and epochs are chosen on validation
+cells, then the query cells are looked at once. Writes alignment.csv, .svg and .md beside itself. A seed that today's
+code made of the same design is not made again.
 """
 
 import argparse
 import dataclasses
+import hashlib
+import multiprocessing
+import os
 import tempfile
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from perturbret.align import align_screen
 from perturbret.atomic import replacing, write_text
 from perturbret.baselines import fit_baseline
 from perturbret.bayes import fit_bayes
-from perturbret.chunks import ChunkedCounts
+from perturbret.chunks import ChunkedCounts, chunked_in_space
 from perturbret.corpus import make_corpus
 from perturbret.evaluate import evaluate
 from perturbret.figures import new_figure
+from perturbret.gene_space import GeneSpace
 from perturbret.model import device_name
 from perturbret.modes import fit_scgpt
 from perturbret.prepare import Prepared, prepare
 from perturbret.pretraining import Plan, pretrain, save_pretrained
-from perturbret.provenance import environment
+from perturbret.provenance import code_hash, environment
+from perturbret.remap import verify_alignment
+from perturbret.runs import outputs_root
 from perturbret.screen import Screen
 from perturbret.simulate import Truth, simulate_screen
 from perturbret.splits import make_split
@@ -58,6 +69,18 @@ ARM_NAMES = {
 PAIRS = (("aligned", "shuffled"), ("aligned", "random"), ("shuffled", "random"))
 OPPONENTS = ("logreg", "pca")
 CEILING = "bayes_ceiling"
+CODE = (
+    "align",
+    "baselines",
+    "bayes",
+    "corpus",
+    "evaluate",
+    "modes",
+    "pretraining",
+    "remap",
+    "simulate",
+    "validation",
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +136,8 @@ def draw_cells(rng: np.random.Generator, truth: Truth, change: np.ndarray) -> tu
     return csr_matrix(counts), exposure + counts.sum(axis=1, dtype=np.float64)
 
 
-def draw(design: Design, seed: int) -> tuple[Prepared, ChunkedCounts]:
-    """A prepared screen with few labels, and reference cells of the same programs, columns in another order."""
+def draw(design: Design, seed: int) -> tuple[Prepared, ChunkedCounts, GeneSpace]:
+    """A prepared screen with few labels, reference cells of the same programs in another order, their gene space."""
     rng = np.random.default_rng([seed, 8])
     truth, loadings = draw_truth(design, rng, seed)
     sizes = np.array([design.n_train, design.n_val, design.n_query])
@@ -143,18 +166,24 @@ def draw(design: Design, seed: int) -> tuple[Prepared, ChunkedCounts]:
             yield theirs[start : start + size], their_totals[start : start + size]
 
     reference = ChunkedCounts("reference", truth.genes[order], None, design.n_reference, read)
-    return prepare(screen, split, mask="all_targets"), reference
+    with warnings.catch_warnings(action="ignore"):  # fewer genes than asked for
+        space = align_screen(screen, [reference], split=split)
+    verify_alignment(
+        space, {screen.name: (screen.counts, screen.genes), "reference": (theirs, reference.genes)}
+    )
+    return prepare(screen, split, mask="all_targets"), reference, space
 
 
 def write_checkpoints(
-    design: Design, seed: int, genes: np.ndarray, reference: ChunkedCounts, directory: Path
+    design: Design, seed: int, genes: np.ndarray, reference: ChunkedCounts, space: GeneSpace, directory: Path
 ) -> dict:
     """Pretrain once and write the network under both namings of its tokens; the last row of its history."""
-    by_name = Vocabulary((*map(str, reference.genes), *SPECIALS), "genes of the reference")
-    by_column = Vocabulary((*map(str, genes), *SPECIALS), "genes of the screen, by column number")
-    corpus = make_corpus([reference], by_name, directory=directory)
+    by_name = Vocabulary((*space.names, *SPECIALS), "genes of the space")
+    numbers = [column for (column,) in space.maps[reference.name].columns]
+    by_column = Vocabulary((*map(str, genes[numbers]), *SPECIALS), "genes of the screen, by column number")
+    corpus = make_corpus([chunked_in_space(reference, space)], by_name, directory=directory)
     made = pretrain(corpus, by_name, design.plan, seed=seed, report=lambda line: None)
-    save_pretrained(directory / "aligned", made, by_name)
+    save_pretrained(directory / "aligned", made, by_name, space=space)
     save_pretrained(directory / "shuffled", made, by_column)
     return made.history.iloc[-1].to_dict()
 
@@ -186,12 +215,12 @@ def fit(method: str, prepared: Prepared, seed: int, directory: Path):
 
 def measure_seed(design: Design, seed: int, report=print) -> pd.DataFrame:
     """Hits of the query cells of each condition under every method."""
-    prepared, reference = draw(design, seed)
+    prepared, reference, space = draw(design, seed)
     tables = []
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         started = time.perf_counter()
-        last = write_checkpoints(design, seed, prepared.cells.genes, reference, directory)
+        last = write_checkpoints(design, seed, prepared.cells.genes, reference, space, directory)
         report(
             f"seed {seed}: pretrained, error of hidden values {last['gene']:.3f}, of gene means {last['mean']:.3f} "
             f"({time.perf_counter() - started:.0f} s)"
@@ -224,16 +253,30 @@ def measure_seed(design: Design, seed: int, report=print) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def measure(design: Design, seeds: list[int], path: Path) -> pd.DataFrame:
-    """All seeds; those that `path` holds are kept."""
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["seed"])
-    for seed in seeds:
-        if not (done["seed"] == seed).any():
-            found = measure_seed(design, seed, report=lambda line: print(line, flush=True)).round(4)
-            done = pd.concat([done, found], ignore_index=True) if len(done) else found
-            with replacing(path) as temporary:
-                done.to_csv(temporary, index=False, compression=None)
-    return done[done["seed"].isin(seeds)]
+def results(design: Design) -> Path:
+    """Where seeds of today's code and this design are kept, a file each."""
+    key = f"{code_hash(*CODE)} {design} {MODES}"
+    return outputs_root() / "experiments" / f"alignment-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def kept_seed(design: Design, seed: int) -> pd.DataFrame:
+    """`measure_seed`, or what is kept of it."""
+    path = results(design) / f"{seed}.csv"
+    if not path.exists():
+        found = measure_seed(design, seed, report=lambda line: print(line, flush=True)).round(4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            found.to_csv(temporary, index=False, compression=None)
+    return pd.read_csv(path)
+
+
+def measure(design: Design, seeds: list[int], jobs: int = 1) -> pd.DataFrame:
+    """All seeds, in as many processes as `jobs`."""
+    if jobs == 1:
+        return pd.concat([kept_seed(design, seed) for seed in seeds], ignore_index=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        return pd.concat(pool.map(partial(kept_seed, design), seeds), ignore_index=True)
 
 
 def hits(table: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -379,9 +422,10 @@ def page(table: pd.DataFrame, design: Design) -> str:
         f"- **Network.** scGPT of width {plan.d_model} and {plan.n_layers} layers, pretrained on hidden values for "
         f"{plan.steps} steps. On held-out reference cells its mean squared error is {first['hidden_error']:.3f}; "
         f"that of guessing each gene's mean is {first['mean_error']:.3f}.",
-        "- **Arms.** *aligned*: tokens by the names of genes. *shuffled*: the same weights, tokens by column number, "
-        "so that nearly all genes get the embedding of another gene. *random*: the same shape, not pretrained. All "
-        "choose among the same settings, each on its own validation scores.",
+        "- **Arms.** *aligned*: tokens are the genes of the space that both data sets were aligned in, verified by "
+        "value. *shuffled*: the same weights, tokens by column number, so that nearly all genes get the embedding of "
+        "another gene. *random*: the same shape, not pretrained. All choose among the same settings, each on its own "
+        "validation scores.",
         f"- **Seeds** {', '.join(map(str, seeds))}: each draws programs, conditions, cells, order and weights anew. "
         "Sizes and strengths were chosen on another seed.",
         "",
@@ -422,9 +466,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with other seeds")
     options = parser.parse_args()
     design = Design()
-    table = measure(design, options.seeds, HERE / "alignment.csv")
+    table = measure(design, options.seeds, options.jobs)
+    with replacing(HERE / "alignment.csv") as temporary:
+        table.to_csv(temporary, index=False)
     plot(table, HERE / "alignment.svg")
     write_text(HERE / "alignment.md", page(table, design))
 
