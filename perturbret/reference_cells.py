@@ -9,7 +9,7 @@ from typing import Any
 from .chunks import ChunkedCounts, chunked_h5ad
 from .download import expect_sha256
 from .fetch import DataNotFound, data_directory
-from .registry import EntryError, nearest, read_yaml
+from .registry import EntryError, default_registry, nearest, read_yaml
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_references(path: str | os.PathLike = "") -> dict[str, Reference]:
     Parameters
     ----------
     path : path
-        Empty for `params/references.yaml` of the checkout.
+        Empty for `params/references.yaml`.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def read_references(path: str | os.PathLike = "") -> dict[str, Reference]:
     EntryError
         It is no list of entries, a key is unknown or missing, a value is of another type, a name comes twice.
     """
-    file = Path(path) if os.fspath(path) else Path(__file__).parents[1] / "params" / "references.yaml"
+    file = Path(path) if os.fspath(path) else default_registry("references.yaml")
     if not file.is_file():
         raise FileNotFoundError(f"references: expected a YAML file at {file}, found none")
     content = read_yaml(file)

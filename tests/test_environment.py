@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -135,15 +134,6 @@ def test_environment_check_ignores_the_build_tag(monkeypatch):
 
 
 # ---- package -----------------------------------------------------------------------------------------------
-
-
-def test_wheel_holds_every_file_of_the_package(tmp_path):
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("perturbret/")}
-    files = (path for path in (ROOT / "perturbret").rglob("*") if path.is_file())
-    assert packed == {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 def test_pre_commit_uses_the_locked_versions(lock):
