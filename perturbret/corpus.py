@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .vocabulary import NO_TOKEN, SPECIALS, Vocabulary, map_genes
 
 _WHOLE = 1_000_000  # no cell has as many genes
 _HELD_OUT = 20  # one cell of so many
+_SLICE = 1_000_000  # values in memory at a time
 _CODE = ("corpus.py", "hashing.py", "tokens.py")  # from counts to tokens and values
 
 
@@ -56,10 +58,15 @@ class Part:
 
     def gene_means(self, n_tokens: int) -> np.ndarray:
         """Mean value of each token over the training cells that have it, NaN for none; float64 (n_tokens,)."""
-        kept = np.repeat(~self.held_out, np.diff(self.indptr))
-        genes = np.asarray(self.genes)[kept]
-        sums = np.bincount(genes, np.asarray(self.values)[kept], n_tokens)
-        counts = np.bincount(genes, minlength=n_tokens)
+        sums, counts = np.zeros(n_tokens), np.zeros(n_tokens, np.int64)
+        # A slice of whole cells at a time: the files may be larger than memory.
+        edges = np.searchsorted(self.indptr, np.arange(0, self.indptr[-1], _SLICE))
+        for first, last in pairwise([*edges, len(self.held_out)]):
+            kept = np.repeat(~self.held_out[first:last], np.diff(self.indptr[first : last + 1]))
+            at = slice(self.indptr[first], self.indptr[last])
+            genes = np.asarray(self.genes[at])[kept]
+            sums += np.bincount(genes, np.asarray(self.values[at])[kept], n_tokens)
+            counts += np.bincount(genes, minlength=n_tokens)
         return np.divide(sums, counts, out=np.full(n_tokens, np.nan), where=counts > 0)
 
 

@@ -1,6 +1,7 @@
 """Pretraining: batches with hidden values, losses, resuming, and checkpoints that the official package reads."""
 
 import dataclasses
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import toy
 from scipy.sparse import csr_matrix
 
+from perturbret import corpus as corpus_module
 from perturbret import pretraining_run
 from perturbret.align import align_screen
 from perturbret.checkpoint import load_checkpoint
@@ -73,6 +75,43 @@ def test_corpus_holds_each_cells_genes_and_values(vocabulary, tmp_path):
     means = logged.sum(axis=0) / (dense[kept] > 0).sum(axis=0)
     np.testing.assert_allclose(part.gene_means(len(vocabulary))[:30], means, rtol=1e-5)
     assert np.isnan(part.gene_means(len(vocabulary))[30])
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_means_of_genes_are_the_same_however_the_files_are_cut(size, vocabulary, tmp_path, monkeypatch):
+    counts = np.random.default_rng(0).poisson(0.5, (60, len(GENES))).astype(np.float32)
+    counts[[0, 20, 21, 59]] = 0
+    source = ChunkedCounts("ref", GENES, None, 60, lambda n_cells: iter([(csr_matrix(counts), None)]))
+    (part,) = make_corpus([source], vocabulary, directory=tmp_path)
+    whole = part.gene_means(len(vocabulary))
+    monkeypatch.setattr(corpus_module, "_SLICE", size)
+    np.testing.assert_allclose(part.gene_means(len(vocabulary)), whole, rtol=1e-12)
+
+
+def test_memory_of_a_corpus_is_that_of_a_chunk(tmp_path, monkeypatch):
+    """Ten times the cells, the same peak, in the making and in the means of genes."""
+    genes = [f"G{i}" for i in range(1000)]
+    vocabulary = Vocabulary((*genes, *SPECIALS), "test")
+
+    def read(n_chunks):
+        rng = np.random.default_rng(0)
+        for _ in range(n_chunks):
+            yield csr_matrix(rng.integers(1, 5, (100, 1000)).astype(np.float32)), None
+
+    monkeypatch.setattr(corpus_module, "_SLICE", 50_000)
+    peaks = []
+    for n in (4, 40):
+        source = ChunkedCounts("ref", np.array(genes), None, 100 * n, lambda n_cells, n=n: read(n))
+        tracemalloc.start()
+        (part,) = make_corpus([source], vocabulary, directory=tmp_path)
+        made = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        part.gene_means(len(vocabulary))
+        peaks.append((made, tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+        assert part.indptr[-1] == 100_000 * n
+    assert peaks[1][0] < 1.2 * peaks[0][0] < 30e6
+    assert peaks[1][1] < 1.2 * peaks[0][1] < 10e6
 
 
 def test_a_corpus_of_other_cells_is_made_anew(vocabulary, tmp_path):
