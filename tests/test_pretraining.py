@@ -11,7 +11,7 @@ import toy
 from scipy.sparse import csr_matrix
 
 from perturbret import corpus as corpus_module
-from perturbret import pretraining_run
+from perturbret import pretraining, pretraining_run
 from perturbret.align import align_screen
 from perturbret.checkpoint import load_checkpoint
 from perturbret.chunks import ChunkedCounts
@@ -194,6 +194,26 @@ def test_training_lowers_the_loss_and_repeats(corpus, vocabulary):
     )
     for a, b in zip(first.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_no_step_sees_a_held_out_cell_and_every_look_sees_them_alone(corpus, vocabulary, monkeypatch):
+    drawn, steps = [], 30
+
+    def spy(part, positions, *arguments, **keywords):
+        drawn.append((part, np.asarray(positions)))
+        return draw_batch(part, positions, *arguments, **keywords)
+
+    monkeypatch.setattr(pretraining, "draw_batch", spy)
+    plan = dataclasses.replace(PLAN, steps=steps)
+    pretrain(corpus, vocabulary, plan, seed=0, report=lambda text: None)
+    # Batches of looks are drawn once, before the first step.
+    looks, stepped = drawn[:-steps], drawn[-steps:]
+    assert len(looks) >= len(corpus) and {part.name for part, _ in looks} == {"ref", "other"}
+    assert all(part.held_out[positions].all() for part, positions in looks)
+    assert not any(part.held_out[positions].any() for part, positions in stepped)
+    for part in corpus:  # and all others are seen
+        seen = np.concatenate([positions for other, positions in stepped if other is part])
+        assert len(np.unique(seen)) > 0.8 * (~part.held_out).sum()
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(corpus, vocabulary, tmp_path):
