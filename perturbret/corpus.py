@@ -113,7 +113,8 @@ def make_corpus(
     Raises
     ------
     ValueError
-        No reference is given, or one has no gene in the vocabulary.
+        No reference is given, or one has no gene in the vocabulary, fewer than 2 cells, or no counts of the vocabulary
+        in the cells to train on or in those held out.
     """
     if not references:
         raise ValueError("references: expected at least one dataset to pretrain on, got none")
@@ -130,11 +131,22 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
     digest = hashlib.sha256(vocabulary.hash.encode() + token_ids.tobytes())
     for name in _CODE:
         digest.update(Path(__file__).with_name(name).read_bytes())
+    n_cells, n_values = 0, 0
     for counts, totals in reference.chunks():  # a file of the same name may have other cells
+        n_cells += counts.shape[0]
+        n_values += int((counts.data[token_ids[counts.indices] != NO_TOKEN] > 0).sum())
         digest.update(np.ascontiguousarray(counts.data).data)
         digest.update(counts.indices.astype(np.int64).tobytes())
         digest.update(counts.indptr.astype(np.int64).tobytes())
         digest.update(b"" if totals is None else np.asarray(totals, np.float64).tobytes())
+    if n_cells < 2:
+        raise ValueError(
+            f"{reference.name}: expected at least 2 cells, one to train on and one to hold out, got {n_cells}"
+        )
+    if not n_values:
+        raise ValueError(
+            f"{reference.name}: expected counts of the vocabulary's genes, got none in {n_cells} cells"
+        )
     path = directory / f"corpus-{reference.name}-{digest.hexdigest()[:12]}"
     if not path.exists():
         with replacing(path, keep=True) as temporary:
@@ -142,7 +154,7 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
             _write(reference, token_ids, vocabulary, temporary)
     n = json.loads((path / "sizes.json").read_text())
     indptr = np.load(path / "indptr.npy")
-    return Part(
+    part = Part(
         reference.name,
         np.memmap(path / "genes.i4", np.int32, "r", shape=(n["n_values"],)),
         np.memmap(path / "values.f4", np.float32, "r", shape=(n["n_values"],)),
@@ -151,6 +163,13 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
         held_out_cells(f"{reference.name} {i}" for i in range(len(indptr) - 1)),
         digest.hexdigest(),
     )
+    for what, cells in (("cells to train on", ~part.held_out), ("held-out cells", part.held_out)):
+        if not np.diff(indptr)[cells].any():
+            raise ValueError(
+                f"{part.name}: expected {what} with counts of the vocabulary's genes, got none: all {cells.sum()} of "
+                f"{n_cells} cells are empty"
+            )
+    return part
 
 
 def held_out_cells(names: Iterable[str]) -> np.ndarray:

@@ -116,9 +116,12 @@ def pretrain(
 
     Raises
     ------
+    ValueError
+        A dataset has no cell to train on or none held out; the plan's `max_length` is below 16.
     TrainingFailed
         The loss is not finite.
     """
+    _check(corpus, plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pad_id = vocabulary.ids[PAD]
     shape = Shape(
@@ -168,6 +171,18 @@ def pretrain(
         by_dataset = _look(network, decoders, held_out, means, pad_id)
     by_dataset.index = [part.name for part in corpus]
     return PretrainedNetwork(network.cpu().eval(), decoders.cpu().eval(), pd.DataFrame(history), by_dataset)
+
+
+def _check(corpus: Sequence[Part], plan: Plan) -> None:
+    if plan.max_length < MIN_LENGTH:
+        raise ValueError(f"plan: max_length: expected at least {MIN_LENGTH} genes, got {plan.max_length}")
+    for part in corpus:
+        held_out = int(part.held_out.sum())
+        if not 0 < held_out < len(part.held_out):
+            raise ValueError(
+                f"{part.name}: expected cells to train on and held-out cells, got {len(part.held_out) - held_out} "
+                f"and {held_out}"
+            )
 
 
 def save_pretrained(

@@ -100,7 +100,7 @@ def test_memory_of_a_corpus_is_that_of_a_chunk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(corpus_module, "_SLICE", 50_000)
     peaks = []
-    for n in (4, 40):
+    for n in (1, 4, 40):  # the first loads what is loaded once
         source = ChunkedCounts("ref", np.array(genes), None, 100 * n, lambda n_cells, n=n: read(n))
         tracemalloc.start()
         (part,) = make_corpus([source], vocabulary, directory=tmp_path)
@@ -110,8 +110,9 @@ def test_memory_of_a_corpus_is_that_of_a_chunk(tmp_path, monkeypatch):
         peaks.append((made, tracemalloc.get_traced_memory()[1]))
         tracemalloc.stop()
         assert part.indptr[-1] == 100_000 * n
-    assert peaks[1][0] < 1.2 * peaks[0][0] < 30e6
-    assert peaks[1][1] < 1.2 * peaks[0][1] < 10e6
+    (made, means), (made_of_more, means_of_more) = peaks[1:]
+    assert made_of_more < 1.2 * made < 30e6
+    assert means_of_more < 1.2 * means < 10e6
 
 
 def test_a_corpus_of_other_cells_is_made_anew(vocabulary, tmp_path):
@@ -136,6 +137,47 @@ def test_corpus_needs_references_and_genes(vocabulary, tmp_path):
     odd = reference(genes=np.array([f"X{i}" for i in range(5)]))[0]
     with pytest.raises(ValueError, match="ref: expected genes of the vocabulary, found none of 5"):
         make_corpus([odd], vocabulary, directory=tmp_path)
+
+
+def few(counts):
+    """A dataset of these cells, each with one number for all genes."""
+    matrix = csr_matrix(np.tile(np.asarray(counts, np.float32).reshape(-1, 1), len(GENES)))
+    chunks = [(matrix, None)] if len(counts) else []
+    return ChunkedCounts("few", GENES, None, len(counts), lambda n_cells: iter(chunks))
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([], "few: expected at least 2 cells, one to train on and one to hold out, got 0"),
+        ([1], "few: expected at least 2 cells, one to train on and one to hold out, got 1"),
+        ([0, 0, 0], "few: expected counts of the vocabulary's genes, got none in 3 cells"),
+        # Of three, the first is held out.
+        ([1, 0, 0], "few: expected cells to train on with counts .* all 2 of 3 cells are empty"),
+        ([0, 1, 1], "few: expected held-out cells with counts .* all 1 of 3 cells are empty"),
+    ],
+)
+def test_a_dataset_too_small_to_train_on_and_hold_out_is_refused_by_name(counts, said, vocabulary, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        make_corpus([reference()[0], few(counts)], vocabulary, directory=tmp_path)
+
+
+def test_the_smallest_dataset_is_trained_on(corpus, vocabulary, tmp_path):
+    (part,) = make_corpus([few([1, 1])], vocabulary, directory=tmp_path)
+    made = pretrain([corpus[0], part], vocabulary, PLAN, seed=0, report=lambda text: None)
+    assert np.isfinite(made.by_dataset.loc["few"]).all()
+
+
+def test_what_cannot_be_pretrained_is_refused_before_the_first_step(corpus, vocabulary):
+    part = corpus[0]
+    for held_out, said in ((True, "got 0 and 60"), (False, "got 60 and 0")):
+        other = dataclasses.replace(part, held_out=np.full(60, held_out))
+        with pytest.raises(ValueError, match=f"ref: expected cells to train on and held-out cells, {said}"):
+            pretrain([other], vocabulary, PLAN, seed=0)
+    with pytest.raises(ValueError, match="max_length: expected at least 16 genes, got 15"):
+        pretrain(corpus, vocabulary, dataclasses.replace(PLAN, max_length=15), seed=0)
+    least = dataclasses.replace(PLAN, max_length=16)
+    assert len(pretrain(corpus, vocabulary, least, seed=0, report=lambda text: None).history) == 2
 
 
 def test_vocabulary_has_detected_genes_and_undetected_ones_with_a_symbol():
