@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.sparse import vstack
 from .chunks import CHUNK_CELLS, ChunkedCounts, chunked_screen
 from .gene_matching import MatchedGenes, match_genes
 from .gene_space import ColumnMap, GeneSpace, hash_genes
-from .gene_stats import GeneStats, pool_stats, stream_stats
+from .gene_stats import GeneStats, canonical_counts, pool_stats, stream_stats
 from .genes import SymbolResolver
 from .masking import target_columns
 from .remap import indicator
@@ -95,7 +96,8 @@ def align(
     Raises
     ------
     ValueError
-        An argument is out of range; no gene is eligible; counts that are none.
+        An argument is out of range; no gene is eligible; counts that are none; a dataset of another number of cells
+        than it says.
 
     Warns
     -----
@@ -124,6 +126,11 @@ def align(
         )
         for d in datasets
     }
+    for d in datasets:
+        if stats[d.name].n_cells != d.n_cells:
+            raise ValueError(
+                f"{d.name}: expected {d.n_cells} cells, as its n_cells says, read {stats[d.name].n_cells}"
+            )
     table = pool_stats(where, stats, weights=weights, between=between, subtract_noise=subtract_noise)
     table["perturbed"] = [key in forced for key in keys]
     table["passes_filter"] = table["percent_cells"] >= min_percent_cells * (1 - 1e-12)
@@ -146,9 +153,9 @@ def align(
     notes = _notes(len(chosen), len(must), n, selection, least, len(eligible), len(candidates), low, screen)
     settings = {
         "selection": selection,
-        "n": n,
+        "n": int(n),
         "screen": screen or None,
-        "min_datasets": least,
+        "min_datasets": int(least),
         "weights": weights,
         "min_percent_cells": min_percent_cells,
         "between": between,
@@ -174,6 +181,9 @@ def _check(names, screen, perturbed, n, least, selection, weights, min_percent_c
         raise ValueError(f"screen: expected one of {names}, got {screen!r}")
     if len(perturbed) and not screen:
         raise ValueError("perturbed: expected the name of the screen that the conditions are of, got none")
+    for what, value in (("n", n), ("min_datasets", least)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{what}: expected a whole number, got {value!r}")
     if n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")
     if not 1 <= least <= len(names):
@@ -228,7 +238,8 @@ def _seurat_v3(datasets, where, candidates, n: int, chunk_cells: int) -> np.ndar
     parts, batch = [], []
     for dataset in datasets:
         collapse = indicator([where[dataset.name][i] for i in candidates], len(dataset.genes))
-        parts += [(counts @ collapse).tocsr() for counts, _ in dataset.chunks(chunk_cells)]
+        chunks = (canonical_counts(counts, name=dataset.name) for counts, _ in dataset.chunks(chunk_cells))
+        parts += [(counts @ collapse).tocsr() for counts in chunks]
         batch += [dataset.name] * dataset.n_cells
     adata = anndata.AnnData(vstack(parts, format="csr"))
     adata.obs["batch"] = pd.Categorical(batch)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
+
+from .counts import CountsError, check_counts
 
 # UMIs that every cell is scaled to.
 TARGET_SUM = 1e4
@@ -55,8 +57,9 @@ def stream_stats(
 
     Parameters
     ----------
-    chunks : iterable of (csr_matrix of shape (n, n_columns), array of shape (n,) or None)
-        Counts, and UMIs of the cells over the whole transcriptome; None for the sums over the columns.
+    chunks : iterable of (matrix of shape (n, n_columns), array of shape (n,) or None)
+        Counts, sparse or dense and of any numeric type, as `canonical_counts` reads them; and UMIs of the cells over
+        the whole transcriptome, None for the sums over the columns.
     n_columns : int
     collapse : csr_matrix, shape (n_columns, n_genes), optional
         Ones where a column belongs to a gene: columns of one gene are summed before anything is computed, and
@@ -67,7 +70,8 @@ def stream_stats(
     Raises
     ------
     ValueError
-        No cells; a chunk with another number of columns; a cell with counts and no positive, finite total.
+        No cells; a chunk with another number of columns; values that are no counts (CountsError); a cell with counts
+        and no positive, finite total.
     """
     n_genes = n_columns if collapse is None else collapse.shape[1]
     collapse = None if collapse is None else collapse.astype(np.float64)
@@ -77,9 +81,9 @@ def stream_stats(
     # One digest for each array, so that the boundaries of chunks leave no trace.
     digests = [hashlib.sha256() for _ in range(4)]
     for counts, totals in chunks:
+        counts = canonical_counts(counts, name=name, start=n_cells)
         if counts.shape[1] != n_columns:
             raise ValueError(f"{name}: expected chunks of {n_columns} columns, got {counts.shape[1]}")
-        counts = _canonical(counts)
         if not counts.shape[0]:
             continue
         scale, totals = _scale(counts, totals, name, n_cells)
@@ -156,10 +160,40 @@ def pool_stats(
     )
 
 
-def _canonical(counts: csr_matrix) -> csr_matrix:
-    """The same counts with sorted, unique indices and no stored zeros; the argument is not changed."""
+def canonical_counts(counts, *, name: str, start: int = 0) -> csr_matrix:
+    """The same counts with sorted, unique indices and no stored zeros; the argument is not changed.
+
+    Parameters
+    ----------
+    counts : scipy.sparse matrix or array, or ndarray, shape (n_cells, n_genes)
+        Whole numbers of any type; duplicate entries are summed in float64.
+    name : str
+        What the counts are, for messages.
+    start : int
+        Number of the first row, for messages.
+
+    Raises
+    ------
+    CountsError
+        No numbers in two dimensions; a value is not finite, negative or no whole number.
+    """
+    counts = counts if issparse(counts) else np.asarray(counts)
+    if counts.ndim != 2 or counts.dtype.kind not in "biuf":
+        raise CountsError(
+            f"{name}: expected numbers of shape (cells, genes), got {counts.dtype} of shape {counts.shape}"
+        )
+    # Wide before anything is summed: duplicate entries of int16 wrap around.
+    if not isinstance(counts, csr_matrix):
+        counts = csr_matrix(counts.astype(np.float64))
+    data = counts.data
+    # NaN fails the first comparison, since the smallest of numbers with NaN is NaN.
+    plain = data.min(initial=0) >= 0 and data.max(initial=0) < np.inf
+    if not plain or (data.dtype.kind == "f" and (np.rint(data) != data).any()):
+        rows = np.array([f"row {start + i}" for i in range(counts.shape[0])])
+        columns = np.array([f"column {i}" for i in range(counts.shape[1])])
+        check_counts(counts, name=name, cells=rows, genes=columns)  # raises, and says where
     if not counts.has_canonical_format:
-        counts = counts.copy()
+        counts = counts.astype(np.float64)
         counts.sum_duplicates()
     if (counts.data == 0).any():
         counts = counts.copy()

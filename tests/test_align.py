@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array, csr_matrix
 
 from perturbret.align import align, align_screen
 from perturbret.chunks import ChunkedCounts
@@ -27,6 +27,11 @@ def dataset(name, counts, genes, ids=None, totals=None):
             yield csr_matrix(counts[rows]), None if totals is None else totals[rows]
 
     return ChunkedCounts(name, np.array(genes), None if ids is None else np.array(ids), len(counts), read)
+
+
+def in_form(name, matrix, genes):
+    """All cells in one chunk, of whatever type the matrix is."""
+    return ChunkedCounts(name, np.array(genes), None, matrix.shape[0], lambda n_cells: iter([(matrix, None)]))
 
 
 def draw(name, genes, *, n_cells=200, seed=0, variable=(), **keys):
@@ -220,6 +225,9 @@ def test_only_training_cells_have_a_say(tmp_path):
     ("keys", "said"),
     [
         ({"n": 0}, "n: expected at least 1, got 0"),
+        ({"n": "5"}, "n: expected a whole number, got '5'"),
+        ({"n": 1.5}, "n: expected a whole number, got 1.5"),
+        ({"min_datasets": 1.5}, "min_datasets: expected a whole number, got 1.5"),
         ({"min_datasets": 3}, "min_datasets: expected 1 to 2, got 3"),
         ({"selection": "top"}, "selection: expected one of"),
         ({"weights": "none"}, "weights: expected one of"),
@@ -232,6 +240,18 @@ def test_only_training_cells_have_a_say(tmp_path):
 def test_arguments_out_of_range_are_refused(keys, said):
     with pytest.raises(ValueError, match=said):
         align([draw("a", ["x"]), draw("b", ["x"])], resolver=RESOLVER, **keys)
+
+
+def test_a_dataset_of_other_cells_than_it_says_is_refused():
+    counts = csr_matrix(np.ones((50, 2)))
+    other = ChunkedCounts("b", np.array(["x", "y"]), None, 7, lambda n_cells: iter([(counts, None)]))
+    with pytest.raises(ValueError, match="b: expected 7 cells, as its n_cells says, read 50"):
+        align([draw("a", ["x", "y"]), other], resolver=RESOLVER)
+
+
+def test_values_that_are_no_counts_are_refused_by_dataset():
+    with pytest.raises(ValueError, match="b: expected counts of at least 0, got -1.0"):
+        align([draw("a", ["x", "y"]), dataset("b", [[1, -1]], ["x", "y"])], resolver=RESOLVER)
 
 
 def test_datasets_without_a_gene_in_common_or_a_name_of_their_own_are_refused():
@@ -256,6 +276,9 @@ def test_seurat_v3_with_datasets_as_batches():
         adata, flavor="seurat_v3", n_top_genes=10, batch_key="batch", inplace=False
     )
     assert space.names == tuple(np.array(genes)[expected["highly_variable"]])
+    for form in (csr_array, np.asarray):
+        others = [in_form(name, form(matrix), genes) for name, matrix in counts.items()]
+        assert quiet(others, n=10, selection="seurat_v3").names == space.names
     kept = quiet(both, n=10, selection="seurat_v3", screen="a", perturbed=["g00", "g01"])
     assert {"g00", "g01"} <= set(kept.names) and len(kept) == 10
     assert len(set(kept.names) & set(space.names)) >= 8

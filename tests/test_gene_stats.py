@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_array, coo_matrix, csc_matrix, csr_array, csr_matrix
 
 from perturbret.gene_stats import GeneStats, pool_stats, stream_stats
 from perturbret.remap import indicator
@@ -74,6 +74,55 @@ def test_duplicate_entries_and_stored_zeros_change_nothing():
     assert one.n_detected.tolist() == [1, 0, 1]
     np.testing.assert_array_equal(one.mean, other.mean)
     assert one.fingerprint == other.fingerprint and matrix.nnz == 4
+
+
+def small(counts):
+    return csr_matrix(counts.astype(np.int16))
+
+
+@pytest.mark.parametrize("form", [coo_matrix, coo_array, csc_matrix, csr_array, np.asarray, small])
+def test_counts_of_any_form_are_the_same_counts(form):
+    counts = draw()
+    expected = stream_stats(cut(counts, 100), 40, collapse=indicator([(1, 4), (2,)], 40))
+    chunks = ((form(counts[start : start + 100]), None) for start in range(0, 300, 100))
+    stats = stream_stats(chunks, 40, collapse=indicator([(1, 4), (2,)], 40))
+    assert stats.fingerprint == expected.fingerprint and stats.noise == expected.noise
+    np.testing.assert_array_equal(stats.mean, expected.mean)
+    np.testing.assert_array_equal(stats.variance, expected.variance)
+
+
+@pytest.mark.parametrize("form", [csr_matrix, csr_array, coo_matrix])
+def test_duplicate_entries_of_a_small_type_do_not_wrap_around(form):
+    parts = coo_matrix((np.array([20000, 20000, 1], np.int16), ([0, 0, 0], [0, 0, 1])), shape=(1, 2))
+    if form is not coo_matrix:
+        parts = form((parts.data, parts.col, np.array([0, 3])), shape=(1, 2))
+    stats = stream_stats([(parts, None)], 2)
+    np.testing.assert_allclose(stats.mean, np.array([40000, 1]) / 40001 * 1e4, rtol=1e-12)
+    assert parts.nnz == 3
+
+
+@pytest.mark.parametrize("form", [csr_matrix, csr_array, coo_matrix, np.asarray])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (-1.0, r"expected counts of at least 0, got -1.0 in cell 'row 7', gene 'column 3' \(1 of"),
+        (0.5, "expected whole numbers, got 0.5 in cell 'row 7'"),
+        (np.nan, "expected counts, got nan in cell 'row 7'"),
+        (np.inf, "expected finite counts, got inf in cell 'row 7'"),
+    ],
+)
+def test_values_that_are_no_counts_are_refused_with_the_place(form, value, said):
+    counts = draw(12).astype(np.float64)
+    counts[7, 3] = value
+    chunks = ((form(counts[start : start + 5]), None) for start in (0, 5, 10))
+    with pytest.raises(ValueError, match=f"lung: {said}"):
+        stream_stats(chunks, 40, name="lung")
+
+
+@pytest.mark.parametrize("chunk", [np.ones(4), np.array([["a"] * 4]), np.ones((2, 4), complex)])
+def test_chunks_that_are_no_table_of_numbers_are_refused(chunk):
+    with pytest.raises(ValueError, match=r"lung: expected numbers of shape \(cells, genes\), got"):
+        stream_stats([(chunk, None)], 4, name="lung")
 
 
 def test_fingerprint_tells_content_and_not_chunks():
