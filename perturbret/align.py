@@ -96,8 +96,8 @@ def align(
     Raises
     ------
     ValueError
-        An argument is out of range; no gene is eligible; counts that are none; a dataset of another number of cells
-        than it says.
+        An argument is out of range; no gene is eligible, or none is counted in enough cells; counts that are none; a
+        dataset of another number of cells than it says.
 
     Warns
     -----
@@ -135,6 +135,11 @@ def align(
     table["perturbed"] = [key in forced for key in keys]
     table["passes_filter"] = table["percent_cells"] >= min_percent_cells * (1 - 1e-12)
     candidates = np.flatnonzero(table["passes_filter"] & np.array([key in eligible for key in keys]))
+    if selection != "all" and not (len(candidates) or forced):
+        raise ValueError(
+            f"expected genes counted in at least {min_percent_cells} percent of cells (min_percent_cells), found none "
+            f"among the {len(keys)} that at least {least} of {', '.join(names)} measure"
+        )
     if selection == "seurat_v3":
         order = _seurat_v3(datasets, where, candidates, n, chunk_cells)
     else:

@@ -150,6 +150,18 @@ def test_the_default_is_one_cell_in_ten_thousand():
         assert ("few" in quiet([dataset("a", counts, ["few", "all"])], n=2).names) == kept
 
 
+@pytest.mark.parametrize("selection", ["dispersion", "seurat_v3"])
+def test_a_filter_that_no_gene_passes_is_named(selection):
+    counts = np.ones((200, 2))
+    counts[10:] = 0
+    both = [dataset(name, counts, ["x", "y"]) for name in "ab"]
+    said = r"genes counted in at least 6 percent of cells .*, found none among the 2 that at least 2 of a, b measure"
+    with pytest.raises(ValueError, match=said):
+        quiet(both, min_percent_cells=6, selection=selection)
+    assert quiet(both, min_percent_cells=6, selection="all").names == ("x", "y")
+    assert quiet(both, min_percent_cells=6, screen="a", perturbed=["x"]).names == ("x",)
+
+
 def test_fewer_than_asked_for_is_said():
     with pytest.warns(UserWarning, match="gene space: 2 genes, fewer than the 2000 asked for") as caught:
         space = align([draw("a", ["x", "y"])], resolver=RESOLVER)
