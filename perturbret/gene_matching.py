@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .genes import SymbolResolver, strip_version
+from .genes import SymbolResolver, is_ensembl_id, strip_version
 
 # From the surest to the weakest link between a name and its gene.
 _LINKS = ("direct", "ensembl", "previous", "alias")
@@ -24,7 +24,10 @@ class MatchedGenes:
         Key of each column: the Ensembl id without version, or the approved symbol, or the name itself where
         HGNC does not know it, or knows several genes by it.
     symbols, ensembl_ids : mapping of key to str
-        Symbol of each key, unique; Ensembl id where it is known.
+        Symbol of each key, unique and whatever the order of the datasets: with `symbol`, the key. With `ensembl`, the
+        symbol that HGNC approves for the id; where it knows none, the alphabetically first of the datasets' names;
+        the id itself where that symbol is another gene's too, or where no dataset names one. Ensembl id where it is
+        known.
     own_name : tuple of str
         Names that HGNC gives to another gene of the same dataset as well, and that stay their own gene.
     """
@@ -65,7 +68,7 @@ def match_genes(
     """
     resolver = SymbolResolver.from_package() if resolver is None else resolver
     if genes and all(ensembl_ids.get(name) is not None for name in genes):
-        return _by_ensembl(genes, ensembl_ids)
+        return _by_ensembl(genes, ensembl_ids, resolver)
     names = sorted({str(gene).strip() for panel in genes.values() for gene in panel})
     table = resolver.canonical(names).set_index("name")
     gene, how = table["gene"].to_dict(), table["how"].to_dict()
@@ -80,18 +83,25 @@ def match_genes(
     return MatchedGenes("symbol", keys, {key: key for key in every}, known, tuple(own))
 
 
-def _by_ensembl(genes, ensembl_ids) -> MatchedGenes:
+def _by_ensembl(genes, ensembl_ids, resolver: SymbolResolver) -> MatchedGenes:
     keys = {
         dataset: np.array([strip_version(identifier) for identifier in ensembl_ids[dataset]], dtype=str)
         for dataset in genes
     }
-    symbols: dict[str, str] = {}
+    names: dict[str, set[str]] = {}
     for dataset, panel in genes.items():
-        for key, name in zip(keys[dataset], panel, strict=True):
-            symbols.setdefault(str(key), strip_version(name))
+        for key, name in zip(keys[dataset], map(strip_version, panel), strict=True):
+            found = names.setdefault(str(key), set())
+            if name and not is_ensembl_id(name):
+                found.add(name)
+    approved = {identifier: symbol for symbol, identifier in resolver.ensembl_ids.items()}
+    # Of all datasets alike, so that their order has no say.
+    symbols = {key: approved.get(key) or min(found, default=key) for key, found in names.items()}
     # A symbol of two ids would make names ambiguous: those go by their id.
     times = pd.Series(symbols, dtype=object).value_counts()
-    symbols = {key: symbol if times[symbol] == 1 else key for key, symbol in symbols.items()}
+    symbols = {
+        key: symbol if times[symbol] == 1 and symbol not in names else key for key, symbol in symbols.items()
+    }
     return MatchedGenes("ensembl", keys, symbols, {key: key for key in symbols})
 
 

@@ -189,7 +189,8 @@ def test_genes_are_matched_by_ensembl_id_where_all_have_it():
     one = draw("a", ["x", "y", "z"], ids=ids)
     other = draw("b", ["z", "old_x"], ids=[ids[2].replace(".1", ".9"), ids[0]], seed=1)
     space = quiet([one, other])
-    assert space.names == ("x", "z") and space.ensembl_ids == ("ENSG00000000010", "ENSG00000000012")
+    assert space.names == ("old_x", "z") and space.ensembl_ids == ("ENSG00000000010", "ENSG00000000012")
+    assert quiet([other, one]).names == space.names
     assert space.maps["b"].columns == ((1,), (0,)) and space.settings["matched_by"] == "ensembl"
     cells = {d.name: (next(d.chunks(50))[0], d.genes, d.ensembl_ids) for d in (one, other)}
     assert verify_alignment(space, cells)["n_genes"].tolist() == [2, 2]

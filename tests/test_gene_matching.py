@@ -64,9 +64,37 @@ def test_ensembl_ids_decide_where_every_dataset_has_them():
     assert matched.by == "ensembl"
     assert matched.keys["a"].tolist() == ["ENSG00000000009", "ENSG00000000008"]
     assert matched.keys["b"].tolist() == ["ENSG00000000008", "ENSG00000000009"]
-    # Names are those of the first dataset that has the gene.
     assert matched.symbols == {"ENSG00000000009": "P", "ENSG00000000008": "Q"}
     assert match(ids | {"b": None}, a=["P", "Q"], b=["Q", "P"]).by == "symbol"
+
+
+def test_names_of_ensembl_ids_do_not_depend_on_the_order_of_datasets():
+    one, other = (f"ENSG0000000000{i}" for i in (1, 9))
+    third, fourth = "ENSG00000000006", "ENSG00000000005"
+    ids = {
+        "a": np.array([f"{one}.2", other, third, fourth]),
+        "b": np.array([fourth, third, other, one]),
+        "c": np.array([one, other]),
+    }
+    panels = {
+        "a": ["OLD1", "zeta", third, "Q"],
+        "b": [fourth, f"{third}.4", "beta", "AKA1"],
+        "c": ["OLD1", "omega"],
+    }
+    # HGNC's symbol though no dataset has it; the first of three; no name but ids; a name before an id.
+    expected = {one: "NEW1", other: "beta", third: third, fourth: "Q"}
+    for order in ("abc", "acb", "bac", "bca", "cab", "cba"):
+        assert match(ids, **{name: panels[name] for name in order}).symbols == expected
+
+
+def test_names_of_ensembl_ids_are_unique():
+    one, other = "ENSG00000000001", "ENSG00000000009"
+    ids = {"a": np.array([one, other])}
+    assert match(ids, a=["OLD1", "NEW1"]).symbols == {one: one, other: other}
+    # Ids of no known form: a name that is another gene's id.
+    odd = {"a": np.array(["id1", "id2", "id3"])}
+    names = match(odd, a=["id2", "P", "P"]).symbols
+    assert names == {"id1": "id1", "id2": "id2", "id3": "id3"}
 
 
 def test_a_symbol_of_two_ids_names_neither():
