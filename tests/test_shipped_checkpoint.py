@@ -69,6 +69,20 @@ def test_the_model_card_says_what_it_is_and_is_not(loaded):
     assert f"{sum(weight.numel() for weight in weights) / 1e6:.1f} million parameters" in card
 
 
+def test_the_model_card_says_where_the_embedding_guesses_worse_than_the_mean():
+    card = (PLACE / "README.md").read_text()
+    table = card.split("| | gene | cell | absent | gene's mean |")[1].split("\n\n")[0]
+    rows = [line.strip("|").split("|")[1:] for line in table.splitlines()[2:]]
+    worse = sum(float(cell) > float(mean) for _, cell, _, mean in rows)
+    words = ("none", "one", "two", "three", "four", "five")
+    assert f"In {words[worse]} of the {words[len(rows)]} data sets, guessing from the cell embedding" in card
+
+
+def test_the_model_card_names_the_input_that_the_network_wants(loaded):
+    card = (PLACE / "README.md").read_text()
+    assert f"`input_style` `{loaded.token_settings['values']}` in `args.json`" in card
+
+
 def test_it_knows_the_genes_of_a_real_screen(real_data, loaded):
     from perturbret.datasets import load_screen
 
