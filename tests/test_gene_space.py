@@ -42,7 +42,7 @@ def test_an_unchanged_space_passes_and_a_hash_tells_order():
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (["C", "X", "Y"], "position 1: A against X, position 2: B against Y; remap"),
+        (["C", "X", "Y"], "position 1: A against X, position 2: B against Y; take weights"),
         (["A", "B", "C"], "position 0: C against A.*the genes are the same in another order"),
         (pd.Index(["C", "A", "X"]), "position 2: B against X"),
         (
