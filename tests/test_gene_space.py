@@ -4,32 +4,15 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from toy import gene_space as space
 
 from perturbret.gene_space import (
-    ColumnMap,
     GeneSpace,
     GeneSpaceMismatch,
     check_gene_space,
     hash_genes,
     place_panel,
 )
-
-A = ColumnMap(
-    ((2,), (0,), (1,)), (("C",), ("A",), ("B",)), 4, hash_genes("ABCD"), 7, "all", "f0", 0.1,
-    (0.1, 1 / 3, 1e-300), (0.2, 2 / 3, 5e300), (1, 2, 7),
-)  # fmt: skip
-B = ColumnMap(
-    ((0, 5), (), (3,)), (("C", "C"), (), ("b",)), 6, hash_genes("CxxbxC"), 9, "train", "f1", 1 / 7,
-    (1.5, None, 2.0), (0.0, None, 2.5), (3, None, 0),
-)  # fmt: skip
-TABLE = {"dispersion": (1 / 3, 0.1, 2.0), "rank": (1, None, 2), "perturbed": (True, False, True)}
-
-
-def space(**changes):
-    made = GeneSpace(
-        ("C", "A", "B"), ("ENSG00000000003", None, None), {"a": A, "b": B}, TABLE, {"screen": "a"}, ("few",)
-    )
-    return replace(made, **changes)
 
 
 def test_an_unchanged_space_passes_and_a_hash_tells_order():
@@ -70,7 +53,7 @@ class TestPanel:
         """A space of the given genes that was made for no panel of these tests."""
         n = len(names)
         columns = replace(
-            A, columns=tuple((i,) for i in range(n)), column_names=tuple((name,) for name in names), n_columns=n,
+            space().maps["a"], columns=tuple((i,) for i in range(n)), column_names=tuple((name,) for name in names), n_columns=n,
             mean=(0.0,) * n, variance=(0.0,) * n, n_detected=(0,) * n, genes_sha256="",
         )  # fmt: skip
         return GeneSpace(tuple(names), ids or (None,) * n, {"a": columns}, {}, {})
@@ -78,7 +61,7 @@ class TestPanel:
     def test_a_panel_that_the_space_was_made_for_is_placed_by_its_map(self):
         assert place_panel(space(), list("ABCD")) == ["A", "B", "C", None]
         # Names in the file stand for what the map says, whatever HGNC would make of them.
-        renamed = replace(A, genes_sha256=hash_genes(["TP53", "X", "Y", "Z"]))
+        renamed = replace(space().maps["a"], genes_sha256=hash_genes(["TP53", "X", "Y", "Z"]))
         assert place_panel(space(maps={"a": renamed}), ["TP53", "X", "Y", "Z"]) == ["A", "B", "C", None]
         with pytest.raises(GeneSpaceMismatch, match="2 columns of b are C, expected one; remap"):
             place_panel(space(), list("CxxbxC"))

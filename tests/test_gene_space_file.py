@@ -1,29 +1,12 @@
 """Files of a gene space: exact, refused where they are not what was written."""
 
 import json
-from dataclasses import replace
 
 import pytest
+from toy import gene_space as space
 
-from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
+from perturbret.gene_space import GeneSpaceError
 from perturbret.gene_space_file import read_gene_space, write_gene_space
-
-A = ColumnMap(
-    ((2,), (0,), (1,)), (("C",), ("A",), ("B",)), 4, hash_genes("ABCD"), 7, "all", "f0", 0.1,
-    (0.1, 1 / 3, 1e-300), (0.2, 2 / 3, 5e300), (1, 2, 7),
-)  # fmt: skip
-B = ColumnMap(
-    ((0, 5), (), (3,)), (("C", "C"), (), ("b",)), 6, hash_genes("CxxbxC"), 9, "train", "f1", 1 / 7,
-    (1.5, None, 2.0), (0.0, None, 2.5), (3, None, 0),
-)  # fmt: skip
-TABLE = {"dispersion": (1 / 3, 0.1, 2.0), "rank": (1, None, 2), "perturbed": (True, False, True)}
-
-
-def space(**changes):
-    made = GeneSpace(
-        ("C", "A", "B"), ("ENSG00000000003", None, None), {"a": A, "b": B}, TABLE, {"screen": "a"}, ("few",)
-    )
-    return replace(made, **changes)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from socket import socket
 
@@ -103,6 +104,23 @@ def tiny_prepared(
     screen = tiny_screen(cells_per_condition=cells_per_condition, seed=seed)
     split = make_split(screen.obs, track="in_dist", seed=0)
     return prepare(screen, split, mask=mask, train_share=train_share)
+
+
+def gene_space(**changes):
+    """Three genes of two datasets: one with a column each, the other with a summed gene and one not measured."""
+    from perturbret.gene_space import ColumnMap, GeneSpace, hash_genes
+
+    one = ColumnMap(
+        ((2,), (0,), (1,)), (("C",), ("A",), ("B",)), 4, hash_genes("ABCD"), 7, "all", "f0", 0.1,
+        (0.1, 1 / 3, 1e-300), (0.2, 2 / 3, 5e300), (1, 2, 7),
+    )  # fmt: skip
+    other = ColumnMap(
+        ((0, 5), (), (3,)), (("C", "C"), (), ("b",)), 6, hash_genes("CxxbxC"), 9, "train", "f1", 1 / 7,
+        (1.5, None, 2.0), (0.0, None, 2.5), (3, None, 0),
+    )  # fmt: skip
+    table = {"dispersion": (1 / 3, 0.1, 2.0), "rank": (1, None, 2), "perturbed": (True, False, True)}
+    ids, maps = ("ENSG00000000003", None, None), {"a": one, "b": other}
+    return replace(GeneSpace(("C", "A", "B"), ids, maps, table, {"screen": "a"}, ("few",)), **changes)
 
 
 def write_tiny_checkpoint(directory, genes, *, seed: int = 0, n_layers: int = 2):
