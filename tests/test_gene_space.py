@@ -53,8 +53,8 @@ class TestPanel:
         """A space of the given genes that was made for no panel of these tests."""
         n = len(names)
         columns = replace(
-            space().maps["a"], columns=tuple((i,) for i in range(n)), column_names=tuple((name,) for name in names), n_columns=n,
-            mean=(0.0,) * n, variance=(0.0,) * n, n_detected=(0,) * n, genes_sha256="",
+            space().maps["a"], columns=tuple((i,) for i in range(n)), column_names=tuple((name,) for name in names),
+            n_columns=n, mean=(0.0,) * n, variance=(0.0,) * n, n_detected=(0,) * n, genes_sha256="",
         )  # fmt: skip
         return GeneSpace(tuple(names), ids or (None,) * n, {"a": columns}, {}, {})
 
