@@ -1,5 +1,6 @@
 """Genes chosen for several datasets together: the perturbed always, the rest by dispersion, in one order."""
 
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -312,3 +313,26 @@ def test_what_the_page_says_of_it():
     assert "3 in ≥ 1, 2 in ≥ 2; at least 2" in measured
     assert perturbed == "Perturbed genes among them: 1, of which 1 are in fewer data sets than that."
     assert note.startswith("**Note:** 3 genes, fewer than the 10 asked for")
+
+
+def test_memory_is_that_of_a_chunk():
+    """Ten times the cells of both datasets, the same peak; benchmarks/align.py does it at 1,000,000."""
+
+    def simulated(name, n_chunks):
+        def read(n_cells):
+            rng = np.random.default_rng(0)
+            for _ in range(n_chunks):
+                columns = np.sort(rng.integers(0, 2000, (500, 100)), axis=1).ravel()
+                yield csr_matrix((np.ones(50_000), columns, np.arange(0, 50_001, 100)), (500, 2000)), None
+
+        return ChunkedCounts(name, np.array([f"g{i}" for i in range(2000)]), None, 500 * n_chunks, read)
+
+    peaks = []
+    for n_chunks in (4, 40):
+        both = [simulated("a", n_chunks), simulated("b", n_chunks)]
+        tracemalloc.start()
+        space = align(both, n=500, resolver=RESOLVER)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(space) == 500 and space.maps["b"].n_cells == 500 * n_chunks
+    assert peaks[1] < 1.2 * peaks[0] < 40e6
