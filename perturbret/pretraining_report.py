@@ -97,16 +97,22 @@ def embedding_map(run: Pretraining, made: PretrainedNetwork) -> Figure | None:
 def conclusion(run: Pretraining, made: PretrainedNetwork, table: pd.DataFrame) -> str:
     """What the pretraining reached, in computed sentences."""
     last = made.history.iloc[-1]
-    gain = 1 - last["gene"] / last["mean"]
+    gains = {name: 1 - last[name] / last["mean"] for name in ("gene", "cell")}
+    said = {name: f"{abs(gain):.0%} {'less' if gain > 0 else 'more'}" for name, gain in gains.items()}
     lines = [
-        f"Hidden values of held-out cells are guessed with a squared error of **{last['gene']:.3f}**, "
-        f"{abs(gain):.0%} {'less' if gain > 0 else 'more'} than by the gene's mean ({last['mean']:.3f})."
+        f"Hidden values of held-out cells are guessed with a squared error of **{last['gene']:.3f}**, {said['gene']} "
+        f"than by the gene's mean ({last['mean']:.3f}); from the cell's embedding alone with {last['cell']:.3f}, "
+        f"{said['cell']}."
     ]
     if len(table):
         best = table["kNN accuracy"]
         lines.append(
             f"Cell types: kNN accuracy {best['pretrained']:.3f} after pretraining, {best['random']:.3f} before, "
             f"{best['PCA']:.3f} by principal components."
+        )
+    else:
+        lines.append(
+            f"Cell types are not compared: tokens stand for fewer than {_FEWEST_GENES} genes of labelled cells."
         )
     lines.append(
         f"The checkpoint is in `{run.directory.name}/{CHECKPOINT}/`; notebook 04 takes its path as `checkpoint`. "

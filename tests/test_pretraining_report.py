@@ -52,7 +52,13 @@ def test_a_cell_does_not_vote_for_itself(monkeypatch):
 
 
 def made(gene, mean):
-    rows = {"step": [1, 2], "loss": [3.0, 2.0], "gene": [9.0, gene], "cell": [9.0, 1.0], "absent": [1.0, 1.0]}
+    rows = {
+        "step": [1, 2],
+        "loss": [3.0, 2.0],
+        "gene": [9.0, gene],
+        "cell": [9.0, 0.39],
+        "absent": [1.0, 1.0],
+    }
     return SimpleNamespace(history=pd.DataFrame({**rows, "mean": [mean, mean]}))
 
 
@@ -68,7 +74,8 @@ RUN = SimpleNamespace(directory=Path("outputs/pretrain/tiny-seed0"))
 )
 def test_the_conclusion_says_less_or_more(gene, said):
     text = conclusion(RUN, made(gene, 0.3), pd.DataFrame())
-    assert said in text and "Cell types" not in text
+    assert said in text and "Cell types are not compared: tokens stand for fewer than 50 genes" in text
+    assert "from the cell's embedding alone with 0.390, 30% more." in text
     assert "`tiny-seed0/checkpoint/`" in text and "not the scGPT whole-human checkpoint" in text
 
 
