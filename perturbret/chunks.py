@@ -16,7 +16,7 @@ from .genes import is_ensembl_id
 from .h5ad import Source, from_anndata, open_h5ad, row_blocks
 from .remap import remap
 from .screen import Screen
-from .splits import Split
+from .splits import Split, cells_of_role
 
 CHUNK_CELLS = 4096
 
@@ -83,7 +83,7 @@ def chunked_screen(screen: Screen, split: Split | None = None, *, role: str = "t
                 f"{int(roles.isna().sum())} have none (first: {screen.obs.index[roles.isna()][0]!r})"
             )
         chosen = np.flatnonzero(roles.to_numpy(str) == role)
-        cells = f"{role} of {split.id} ({split.hash[:12]})"
+        cells = cells_of_role(role, split.id, split.hash)
         if not len(chosen):
             raise ValueError(f"{screen.name}: expected cells in role {role!r} of {split.id}, got none")
     totals = screen.obs["total"].to_numpy(np.float64)

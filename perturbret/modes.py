@@ -25,6 +25,7 @@ from .proofs import prove
 from .queries import by_name
 from .scgpt import ScGPTEncoder, build_model
 from .settings import Settings, read_settings
+from .splits import cells_of_role
 from .tokens import Tokens, tokenize
 from .trunk import Trunk, make_trunk
 from .validation import best_readout
@@ -99,6 +100,17 @@ def fit_scgpt(
     return Fitted(encoder, selection, dict(encoder.settings["chosen"]), history, checks)
 
 
+def _tell_of_foreign_cells(prepared: Prepared, trunk: Trunk, report) -> None:
+    """Say it where cells that are no training cells of this split had a say in the genes of the checkpoint's space."""
+    context = prepared.context
+    cells = trunk.origin.get("gene_space", {}).get("cells", {}).get(context.dataset)
+    if cells not in (None, cells_of_role("train", context.split_id, context.split_hash)):
+        report(
+            f"WARNING: the checkpoint's genes were chosen on these cells of {context.dataset}: {cells}. Others than "
+            f"training cells of {context.split_id} may be among them: make the space with this split (02, seed)"
+        )
+
+
 def _fit(
     prepared: Prepared,
     options: Settings,
@@ -117,6 +129,7 @@ def _fit(
         dropout=options.dropout,
         report=report,
     )
+    _tell_of_foreign_cells(prepared, trunk, report)
     trunk.network.to(best_device())
     if options.values != "checkpoint":
         trunk = dataclasses.replace(trunk, token_settings={**trunk.token_settings, "values": options.values})

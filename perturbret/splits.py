@@ -129,6 +129,11 @@ def make_split(
     return Split(track, seed, pd.Series(roles.astype(object), index=obs.index, name="role"), fractions)
 
 
+def cells_of_role(role: str, split_id: str, split_hash: str) -> str:
+    """How records name the cells of one role of a split."""
+    return f"{role} of {split_id} ({split_hash[:12]})"
+
+
 def get_split(
     screen: Screen, *, track: str = "in_dist", seed: int, directory, fractions: Sequence[float] = FRACTIONS
 ) -> Split:

@@ -14,7 +14,7 @@ import torch
 
 from .checkpoint import load_checkpoint
 from .gene_space import place_panel
-from .gene_space_file import SPACE_FILE, read_gene_space
+from .gene_space_file import SPACE_FILE, content_hash, read_gene_space
 from .network import ScGPT, fingerprint
 from .vocabulary import NO_TOKEN, PAD, SPECIALS, Vocabulary, map_genes
 
@@ -37,7 +37,8 @@ class Trunk:
         Further arguments of `perturbret.tokens.tokenize`.
     origin : dict
         For the manifest: `init`, `checkpoint`, `checkpoint_sha256` (over the weights; of a random network: those that
-        it has), `account`, `genes_without_token`.
+        it has), `account`, `genes_without_token`; of a checkpoint with a gene space `gene_space`: its hash, and the
+        cells of each dataset that its genes were chosen on.
     """
 
     network: ScGPT
@@ -77,12 +78,16 @@ def make_trunk(
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
     genes = list(genes)
-    names = genes
+    names, space = genes, None
     if (Path(checkpoint) / SPACE_FILE).exists():
         # Weights that were trained in a fixed gene space go with that space alone.
-        names = place_panel(read_gene_space(checkpoint), genes)
+        space = read_gene_space(checkpoint)
+        names = place_panel(space, genes)
     loaded = load_checkpoint(checkpoint, report=report)
     origin = {"init": init, "checkpoint": str(checkpoint), "account": str(loaded.account)}
+    if space is not None:
+        chosen_on = {dataset: columns.cells for dataset, columns in space.maps.items()}
+        origin["gene_space"] = {"sha256": content_hash(space), "cells": chosen_on}
     own_ids = np.full(len(genes), NO_TOKEN)
     placed = np.array([name is not None for name in names], bool)
     own_ids[placed] = map_genes([name for name in names if name is not None], loaded.vocabulary).token_ids

@@ -335,7 +335,7 @@ def spaced(tmp_path):
     order = np.random.default_rng(0).permutation(len(screen.genes))
     other, counts = reference(genes=np.array([*screen.genes[order], "EXTRA9"]), n_cells=50)
     with warnings.catch_warnings(action="ignore"):
-        space = align_screen(screen, [other], n=15)
+        space = align_screen(screen, [other], n=15, split=make_split(screen.obs, seed=0))
     write_gene_space(space, tmp_path / "vocab")
     return screen, other, counts, space, tmp_path / "vocab"
 
@@ -357,7 +357,13 @@ def test_a_run_in_a_gene_space_and_a_training_run_that_refuses_another(spaced, t
     assert read_gene_space(checkpoint) == space and run.directory.name.startswith("tiny-seed0-space-")
     prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
     settings = {"mode": "frozen", "checkpoint": str(checkpoint)}
-    fitted = fit_scgpt(prepared, seed=0, settings=settings, report=lambda line: None)
+    said = []
+    fitted = fit_scgpt(prepared, seed=0, settings=settings, report=said.append)
+    assert not any("WARNING" in line for line in said)
+    assert fitted.encoder.trunk.origin["gene_space"]["cells"]["ref"] == "all"
+    other_split = prepare(screen, make_split(screen.obs, seed=1), mask="all_targets")
+    fit_scgpt(other_split, seed=1, settings=settings, report=said.append)
+    assert any("chosen on these cells of simulated: train of in_dist-seed0" in line for line in said)
     trunk = make_trunk(
         screen.genes, checkpoint=checkpoint, init="pretrained", seed=0, report=lambda line: None
     )
