@@ -8,8 +8,9 @@ def bullets(lines: list[str]) -> str:
 
 
 def percent(value: float, signed: bool = False) -> str:
-    """0.1234 -> 12.3%"""
-    return f"{100 * value:+.1f}%" if signed else f"{100 * value:.1f}%"
+    """0.1234 -> 12.3%; what rounds to zero has no minus."""
+    rounded = round(100 * float(value), 1) + 0.0
+    return f"{rounded:+.1f}%" if signed else f"{rounded:.1f}%"
 
 
 def from_to(before: float, after: float) -> str:

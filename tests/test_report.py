@@ -298,3 +298,10 @@ def test_only_the_posterior_of_the_ceiling_is_a_ceiling(screen, tmp_path):
     ceiling = built.readouts[built.readouts["encoder"] == "bayes_ceiling"]
     assert ceiling["scoring"].tolist() == ["classifier"] and ceiling["primary"].all()
     assert "**Bayes ceiling**" in sentences.headline(built) and sentences.best_encoder(built) == "pca"
+
+
+def test_percentages_as_pages_write_them():
+    assert [percent(value) for value in (0.1234, -0.1234, 0, -1e-17, -0.0004)] == [
+        "12.3%", "-12.3%", "0.0%", "0.0%", "0.0%"
+    ]  # fmt: skip
+    assert [percent(value, True) for value in (0.1234, -0.1234, -1e-17)] == ["+12.3%", "-12.3%", "+0.0%"]
