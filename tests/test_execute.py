@@ -82,7 +82,9 @@ def test_the_command_line_executes_and_renders(toy, tmp_path):
             "execute", notebook, out, "-f", tmp_path / "given.yaml", "-y", '{"seed": 3}', "-p", "seed", "1e1",
             stdin=lock,
         )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    # A kernel is interrupted when it is shut down, and one that is slow to go says so.
+    said = [line for line in done.stderr.splitlines() if "KeyboardInterrupt caught in kernel" not in line]
+    assert (done.returncode, said) == (0, [])
     assert names(tmp_path / "out") == ["run-{seed}/03_toy.html", "run-{seed}/03_toy.ipynb"]
     here = str((tmp_path / "notebooks").resolve())
     assert outputs(out) == [f"{(10, 'from the file', sys.executable, here)}\n", "True"]
