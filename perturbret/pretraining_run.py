@@ -9,14 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from .atomic import write_json, write_text
-from .checkpoint import load_checkpoint, read_tensors
+from .checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from .chunks import ChunkedCounts, chunked_in_space, chunked_screen
 from .corpus import Part, choose_vocabulary, make_corpus
 from .decoders import Decoders
 from .gene_space import GeneSpace
 from .gene_space_file import SPACE_FILE, content_hash, read_gene_space
 from .model import device_name
-from .network import ScGPT
 from .pretrained import find_checkpoint
 from .pretraining import PRESETS, Plan, PretrainedNetwork, pretrain, save_pretrained
 from .provenance import code_hash, directory_hash, environment
@@ -180,17 +179,13 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
 
 def read_pretrained(directory: Path) -> PretrainedNetwork:
     """What `run_pretraining` wrote."""
-    network, decoders = _networks(directory / CHECKPOINT)
-    by_dataset = pd.read_csv(directory / "by_dataset.csv", index_col="dataset").rename_axis(None)
-    return PretrainedNetwork(network, decoders, pd.read_csv(directory / "history.csv"), by_dataset)
-
-
-def _networks(place: Path) -> tuple[ScGPT, Decoders]:
+    place = directory / CHECKPOINT
     network = load_checkpoint(place, report=lambda text: None).network
     decoders = Decoders(network.shape.d_model)
     tensors = read_tensors(place)
-    decoders.load_state_dict({name: tensors[name].float() for name in decoders.state_dict()})
-    return network, decoders.eval()
+    decoders.load_state_dict({name: tensors[name] for name in decoders.state_dict()})
+    by_dataset = pd.read_csv(directory / "by_dataset.csv", index_col="dataset").rename_axis(None)
+    return PretrainedNetwork(network, decoders.eval(), pd.read_csv(directory / "history.csv"), by_dataset)
 
 
 def ship(directory: Path, target: Path) -> None:
@@ -203,7 +198,7 @@ def ship(directory: Path, target: Path) -> None:
 
 
 def export(checkpoint: str, target: Path) -> None:
-    """Write a checkpoint that was pretrained here, by name or path, as the official package reads it: `best_model.pt`.
+    """Write a checkpoint, by name or path, as the official package reads it: with `best_model.pt`.
 
     Raises
     ------
@@ -216,10 +211,14 @@ def export(checkpoint: str, target: Path) -> None:
 
 
 def _convert(place: Path, target: Path, **form: bool) -> None:
-    network, decoders = _networks(place)
+    loaded = load_checkpoint(place, report=lambda text: None)
+    names = Decoders(loaded.network.shape.d_model).state_dict()
+    decoders = {name: tensor for name, tensor in read_tensors(place).items() if name in names}
     space = read_gene_space(place) if (place / SPACE_FILE).exists() else None
-    made = PretrainedNetwork(network, decoders, pd.DataFrame(), pd.DataFrame())
-    save_pretrained(target, made, load_vocabulary(place), space=space, **form)
+    # Its own args: what it reads of a cell is not for this to say.
+    save_checkpoint(
+        target, loaded.network, loaded.vocabulary, loaded.args, decoders=decoders, space=space, **form
+    )
 
 
 def _main(arguments: list[str]) -> None:

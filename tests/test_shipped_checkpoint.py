@@ -107,3 +107,12 @@ def test_it_is_exported_as_the_official_package_reads_it(loaded, tmp_path):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
     with pytest.raises(FileExistsError, match="official"):
         export("small", tmp_path / "official")
+
+
+def test_an_exported_checkpoint_says_as_before_what_it_reads(tiny_checkpoint, tmp_path):
+    """Bins stay bins; a checkpoint without decoders has none afterwards."""
+    before = load_checkpoint(tiny_checkpoint, report=lambda line: None)
+    export(str(tiny_checkpoint), tmp_path / "official")
+    after = load_checkpoint(tmp_path / "official", report=lambda line: None)
+    assert after.token_settings == before.token_settings and after.token_settings["values"] == "bins"
+    assert after.vocabulary.hash == before.vocabulary.hash
