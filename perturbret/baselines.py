@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from numbers import Real
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from . import linear, mlp, references
 from .prepare import Prepared
 from .training import Training
-from .validation import best_readout
+from .validation import Fitted, best_readout
 
 _FITS = {
     "prior": references.fit_prior,
@@ -41,31 +40,6 @@ SEARCH = {
     "obsm": {"scale": [False, True]},
 }
 KINDS = (*(kind for kind in SEARCH if kind != "obsm"), "obsm:<key>", "bayes_ceiling")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """An encoder and how it was chosen.
-
-    Attributes
-    ----------
-    encoder : Encoder
-    selection : pandas.DataFrame
-        One row per setting tried: the settings, `exact_hit@1` on validation cells, the `readout` that reached it,
-        `chosen`.
-    chosen : dict
-        The chosen settings; `fit_baseline(..., fixed=chosen)` fits the same encoder again.
-    history : pandas.DataFrame or None
-        One row per epoch, for what is trained in epochs by `perturbret.modes`.
-    checks : dict
-        What was proved of the encoder, for the manifest.
-    """
-
-    encoder: object
-    selection: pd.DataFrame
-    chosen: dict
-    history: pd.DataFrame | None = None
-    checks: dict = field(default_factory=dict)
 
 
 def fit_baseline(

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 
 from .adapt import adapt_trunk
-from .baselines import Fitted
 from .embeddings import cached_embed
 from .finetune import Outcome, train
 from .losses import carried_log_prior
@@ -28,7 +27,7 @@ from .settings import Settings, read_settings
 from .splits import cells_of_role
 from .tokens import Tokens, tokenize
 from .trunk import Trunk, make_trunk
-from .validation import best_readout
+from .validation import Fitted, best_readout
 
 _PROOF_CELLS = 256
 

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from .atomic import replacing, write_json, write_text
-from .baselines import Fitted, fit_baseline
+from .baselines import fit_baseline
 from .compare import LEAK_FREE, collect
 from .encoders import load_encoder, without_cache
 from .evaluate import evaluate, null_control, summarise
@@ -23,9 +23,15 @@ from .provenance import code_hash, directory_hash, environment
 from .runs import TUNED, Run, open_run, outputs_root, write_table
 from .screen import Screen
 from .settings import Settings
+from .validation import Fitted
 
-# What a fitted encoder depends on, with all that these import: a change of their code makes an encoder stale.
-FIT_MODULES = ("datasets", "splits", "prepare", "evaluate")
+# A fit starts from masked cells whose content is hashed (`Context.cells_hash`) and from checkpoints hashed by content:
+# whatever makes these may change without making an encoder stale that was fitted on the same.
+_HASHED_BY_CONTENT = (
+    "screen splits masking conditions atomic registry fetch download h5ad chunks counts remap pretrained simulate"
+).split()
+# Pseudo-bulks and bootstrap libraries of query cells are the same for every seed, as the query cells are.
+QUERY_SEED = 0
 
 
 def fit_run(run: Run) -> pd.DataFrame:
@@ -41,28 +47,32 @@ def fit_run(run: Run) -> pd.DataFrame:
         The hyperparameter settings tried, with validation exact_hit@1 and the choice.
     """
     code = fit_code(run.params)
+    twin = null_twin(run)
+    contexts = {"context": asdict(run.prepared.context), "null_context": asdict(twin.context)}
     made = run.manifest.get("fit")
-    same = made and made["params"] == run.params and made["context"] == asdict(run.prepared.context)
+    same = made and made["params"] == run.params and all(made.get(key) == contexts[key] for key in contexts)
     if same and made["code"] == code and _intact(run.directory, made):
+        if made["validation_code"] != _code("evaluate"):
+            _validate(run, load_encoder(run.directory, cache=cache_directory(run)))
+            made["validation_code"] = _code("evaluate")
+            write_json(run.directory / "manifest.json", {**run.manifest, "fit": made})
         return pd.read_csv(run.directory / "selection.csv")
     started = time.perf_counter()
     # Of several processes that train together, the first writes.
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
         (run.directory / "manifest.json").unlink(missing_ok=True)
-    seed = run.params["seed"]
     fitted = _fit(run, run.prepared, "encoder")
     if leads:
         fitted.encoder.save(run.directory / "encoder")
-    null = _fit(run, null_twin(run), "null_encoder", fixed=fitted.chosen)
+    # Of an ensemble one member: what gives labels away gives them to each.
+    alone = {"members": 1} if "members" in fitted.chosen else {}
+    null = _fit(run, twin, "null_encoder", fixed={**fitted.chosen, **alone})
     if not leads:
         return fitted.selection
     null.encoder.save(run.directory / "null_encoder")
     checks = {**fitted.checks, "reloaded_equal": _reloaded(run, fitted.encoder)}
-    validation = summarise(
-        evaluate(fitted.encoder, run.prepared, role="val", query_sizes=(1,), seed=seed), seed=seed
-    )
-    write_table(run.directory / "validation.csv", validation)
+    _validate(run, fitted.encoder)
     write_table(run.directory / "selection.csv", fitted.selection)
     if fitted.history is None:
         (run.directory / "history.csv").unlink(missing_ok=True)
@@ -71,10 +81,11 @@ def fit_run(run: Run) -> pd.DataFrame:
     write_text(run.directory / "params.yaml", yaml.safe_dump(run.params, sort_keys=False))
     fit = {
         "params": run.params,
-        "context": asdict(run.prepared.context),
+        **contexts,
         "chosen": fitted.chosen,
         "checks": checks,
         "code": code,
+        "validation_code": _code("evaluate"),
         "encoder_sha256": directory_hash(run.directory / "encoder"),
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(time.perf_counter() - started, 2),
@@ -83,6 +94,16 @@ def fit_run(run: Run) -> pd.DataFrame:
     for name in ("encoder", "null_encoder"):
         shutil.rmtree(_state(run, name).parent, ignore_errors=True)
     return fitted.selection
+
+
+def _validate(run: Run, encoder) -> None:
+    """Judge every read-out on validation cells: validation_scores.parquet, a row per cell, and validation.csv."""
+    seed = run.params["seed"]
+    scores = evaluate(encoder, run.prepared, role="val", query_sizes=(1,), seed=seed)
+    kept = ["query_id", "condition", "library", "scoring", "exact_hit@1", "mrr"]
+    with replacing(run.directory / "validation_scores.parquet") as temporary:
+        scores[kept].to_parquet(temporary, index=False)
+    write_table(run.directory / "validation.csv", summarise(scores, seed=seed))
 
 
 def _device(params: dict) -> str:
@@ -123,7 +144,7 @@ def fit_code(params: dict) -> str:
 
 @cache
 def _code(module: str) -> str:
-    return code_hash(*FIT_MODULES, module)
+    return code_hash("prepare", module, without=_HASHED_BY_CONTENT)
 
 
 def _state(run: Run, name: str) -> Path:
@@ -200,10 +221,8 @@ def evaluate_run(
     encoder, null_encoder = (
         load_encoder(run.directory, name, cache=cache_directory(run)) for name in ("encoder", "null_encoder")
     )
-    for loaded in (encoder, null_encoder):
-        loaded.context.check(run.prepared.context)
-    seed = run.params["seed"]
-    options = {"libraries": tuple(libraries), "seed": seed}
+    encoder.context.check(run.prepared.context)
+    options = {"libraries": tuple(libraries), "seed": QUERY_SEED}
     scores = evaluate(
         encoder,
         run.prepared,
@@ -212,8 +231,8 @@ def evaluate_run(
         poolings=tuple(poolings),
         **options,
     )
-    summary = summarise(scores, n_resamples=n_resamples, seed=seed)
-    null = null_control(null_encoder, null_twin(run), role="query", **options)
+    summary = summarise(scores, n_resamples=n_resamples, seed=QUERY_SEED)
+    null = null_control(null_encoder, null_twin(run), role="query", n_resamples=n_resamples, **options)
     # Tables are replaced one by one: until all are there, the manifest must not vouch for them.
     manifest = {name: part for name, part in run.manifest.items() if name != "evaluation"}
     write_json(run.directory / "manifest.json", manifest)

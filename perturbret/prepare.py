@@ -8,9 +8,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from .conditions import CTRL
-from .genes import SymbolResolver
 from .hashing import mix, name_seeds
-from .masking import mask_counts, mask_totals, target_columns
+from .masking import mask_counts, mask_totals
 from .screen import Screen
 from .splits import Split
 
@@ -34,9 +33,12 @@ class Context:
     n_genes: int
     gene_hash: str
     train_share: float = 1.0
+    cells_hash: str = ""
 
     def check(self, other: "Context", ablation: Sequence[str] = ()) -> None:
         """Raise unless `other` equals this context in every field that is not a declared ablation.
+
+        Whatever differs changes the cells, so their hash is not compared where an ablation is declared.
 
         Parameters
         ----------
@@ -51,6 +53,8 @@ class Context:
             Names the first differing field and both values.
         """
         for name, mine in asdict(self).items():
+            if name == "cells_hash" and ablation:
+                continue
             if name not in ablation and mine != getattr(other, name):
                 raise ContextMismatch(
                     f"{name}: the encoder was fitted with {mine!r}, the data at hand has {getattr(other, name)!r}; "
@@ -191,13 +195,7 @@ def prepare(
         raise ValueError(f"train_share: expected a share above 0 and up to 1, got {train_share!r}")
     if train_share < 1:
         roles = _put_aside(roles, labels, screen.obs.index.to_numpy(str), train_share, split.seed)
-    columns = target_columns(
-        screen.conditions,
-        screen.genes,
-        resolver=SymbolResolver.from_package(),
-        extra=screen.extra_masked_genes,
-    )
-    masked = mask_counts(screen.counts, labels, columns, mask)
+    masked = mask_counts(screen.counts, labels, screen.target_columns, mask)
     totals = mask_totals(screen.obs["total"].to_numpy(np.float64), screen.counts, masked)
     cells = Cells(
         masked,
@@ -217,8 +215,21 @@ def prepare(
         n_genes=screen.n_genes,
         gene_hash=hashlib.sha256("\0".join(map(str, screen.genes)).encode()).hexdigest()[:16],
         train_share=float(train_share),
+        cells_hash=_hash_cells(cells, labels, roles, screen.target_columns),
     )
-    return Prepared(cells, labels, roles, candidates, columns, context, screen.truth)
+    return Prepared(cells, labels, roles, candidates, screen.target_columns, context, screen.truth)
+
+
+def _hash_cells(cells: Cells, labels: np.ndarray, roles: np.ndarray, columns: Mapping) -> str:
+    """sha256, cut to 16 digits, of all that a fit may read: whatever made it, equal cells give equal fits."""
+    digest = hashlib.sha256()
+    counts = cells.counts if cells.counts.has_sorted_indices else cells.counts.sorted_indices()
+    arrays = [counts.indptr.astype(np.int64), counts.indices.astype(np.int64), counts.data, cells.totals]
+    for array in (*arrays, *(columns[condition] for condition in sorted(columns))):
+        digest.update(np.ascontiguousarray(array).tobytes() + b"\0")
+    for texts in (labels, roles, cells.names, sorted(columns)):
+        digest.update("\0".join(map(str, texts)).encode() + b"\1")
+    return digest.hexdigest()[:16]
 
 
 def _put_aside(

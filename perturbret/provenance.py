@@ -4,6 +4,7 @@ import ast
 import hashlib
 import platform
 import subprocess
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,12 +16,26 @@ RECORDED_PACKAGES = (
 )  # fmt: skip
 
 
-def code_hash(*modules: str) -> str:
-    """sha256 over package modules, all package modules that they import at any depth, and the packaged data."""
-    files = modules_behind("\n".join(f"import perturbret.{name}" for name in modules))
+def code_hash(*modules: str, without: Collection[str] = ()) -> str:
+    """sha256, cut to 16 digits, over package modules, all that they import at any depth, and the data these name.
+
+    Comments, docstrings and layout are left out: they change no result.
+
+    Parameters
+    ----------
+    modules : str
+        Names of the package's modules.
+    without : collection of str
+        Modules that are neither read nor followed: those whose results are hashed in another way.
+    """
+    files = modules_behind("\n".join(f"import perturbret.{name}" for name in modules), without)
     digest = hashlib.sha256()
-    for path in sorted([*files, *data_files()]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted(files)}
+    for path, source in sources.items():
+        digest.update(path.name.encode() + b"\0" + _bare(source).encode())
+    for path in data_files():
+        if any(path.name in source for source in sources.values()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -31,17 +46,30 @@ def data_files() -> list[Path]:
     )
 
 
-def modules_behind(source: str) -> set[Path]:
+def modules_behind(source: str, without: Collection[str] = ()) -> set[Path]:
     """Files of the package's modules that `source` imports, directly or through one another."""
     found: set[Path] = set()
     waiting = [source]
     while waiting:
-        for name in _imported_modules(waiting.pop()):
+        for name in _imported_modules(waiting.pop()) - set(without):
             path = PACKAGE / f"{name}.py"
             if path.is_file() and path not in found:
                 found.add(path)
                 waiting.append(path.read_text(encoding="utf-8"))
     return found
+
+
+def _bare(source: str) -> str:
+    """A module's code without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def _imported_modules(source: str) -> set[str]:

@@ -3,12 +3,18 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
 from .conditions import CTRL
+from .genes import SymbolResolver
+from .masking import target_columns
+
+# Cells with hardly a count are equal without being copies of one another.
+_ALIKE_BY_CHANCE = 3
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Screen:
         Precomputed embeddings, to be compared as they are.
     extra_masked_genes : mapping of condition to gene symbols
         Genes to mask with the condition's targets (an enhancer target's downstream gene, say).
+    target_columns : mapping of condition to ndarray of int
+        Columns that masks take out for each condition. Matched by name and HGNC's symbols where none are given.
     simulated : bool
         Drawn by `perturbret.simulate`; every page made from it says so.
     audit : mapping
@@ -46,6 +54,7 @@ class Screen:
     obs: pd.DataFrame
     obsm: Mapping[str, np.ndarray] = field(default_factory=dict)
     extra_masked_genes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    target_columns: Mapping[str, np.ndarray] | None = None
     simulated: bool = False
     audit: Mapping = field(default_factory=dict)
     truth: object | None = None
@@ -64,6 +73,14 @@ class Screen:
         missing = [column for column in ("condition", "total") if column not in self.obs]
         if missing:
             raise ValueError(f"obs: expected columns condition and total, missing {missing}")
+        if self.target_columns is None:
+            columns = target_columns(
+                self.conditions,
+                self.genes,
+                resolver=SymbolResolver.from_package(),
+                extra=self.extra_masked_genes,
+            )
+            object.__setattr__(self, "target_columns", columns)
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", _fingerprint(self))
 
@@ -79,6 +96,19 @@ class Screen:
     def conditions(self) -> list[str]:
         """Sorted conditions, controls left out."""
         return sorted(set(self.obs["condition"]) - {CTRL})
+
+    @cached_property
+    def duplicates(self) -> np.ndarray:
+        """Group of each cell, int (n_cells,): cells whose counts are equal in every gene share one.
+
+        Cells that count fewer than `_ALIKE_BY_CHANCE` genes are each a group of their own.
+        """
+        counts = self.counts if self.counts.has_sorted_indices else self.counts.sorted_indices()
+        rows = [
+            counts.indices[a:b].tobytes() + counts.data[a:b].tobytes() if b - a >= _ALIKE_BY_CHANCE else i
+            for i, (a, b) in enumerate(zip(counts.indptr[:-1], counts.indptr[1:], strict=True))
+        ]
+        return pd.factorize(np.array(rows, dtype=object))[0]
 
 
 def _fingerprint(screen: Screen) -> str:

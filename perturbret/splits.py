@@ -16,7 +16,6 @@ from .screen import Screen
 TRACKS = ("in_dist",)
 ROLES = ("train", "val", "gallery", "query")
 FRACTIONS = (0.64, 0.16, 0.20)
-_CELL_ROLES = np.array(["train", "val", "query"])
 _METADATA_KEY = b"perturbret_split"
 
 
@@ -64,9 +63,17 @@ class Split:
 
 
 def make_split(
-    obs: pd.DataFrame, *, track: str = "in_dist", seed: int, fractions: Sequence[float] = FRACTIONS
+    obs: pd.DataFrame,
+    *,
+    track: str = "in_dist",
+    seed: int,
+    fractions: Sequence[float] = FRACTIONS,
+    groups: np.ndarray | None = None,
 ) -> Split:
     """Divide the cells of each condition, controls too, into train, val and query.
+
+    The query cells are the same for every seed; the seed divides the others. So no query cell of one seed takes
+    part in a choice of another, and seeds are repeats of a fit that is judged on the same cells.
 
     The number of cells per role and condition is the largest-remainder rounding of the fractions (remainders
     that tie go to train first, then query, then val); every condition keeps at least one train cell. With
@@ -74,8 +81,11 @@ def make_split(
     0, 0, 1, 1. Where `obs` has a batch, each batch of a condition is divided in about the same proportions:
     cells are drawn by systematic sampling, one random start per condition and batch.
 
-    Cells are drawn by a hash of track, seed and cell name. So the roles depend neither on the order of rows
-    nor on other conditions, and stay the same across versions of numpy.
+    Cells are drawn by a hash of track and cell name, train and val by one of track, seed and cell name. So the
+    roles depend neither on the order of rows nor on other conditions, and stay the same across versions of numpy.
+
+    Cells of a group, such as copies of one cell, all get the role that the first of them in the draw has; the
+    numbers above then hold up to the sizes of groups.
 
     Parameters
     ----------
@@ -87,6 +97,8 @@ def make_split(
         At least 0.
     fractions : three floats
         Of train, val and query; not negative, train above 0, sum 1.
+    groups : ndarray of int, shape (n_cells,), optional
+        Cells with equal numbers share one role, whatever their conditions.
 
     Returns
     -------
@@ -107,26 +119,60 @@ def make_split(
     condition = _codes(obs, "condition")
     batch = _codes(obs, "batch") if "batch" in obs else np.zeros(len(obs), dtype=np.int64)
 
-    draws = [
-        hashlib.blake2b(f"{track}\0{seed}\0{cell}".encode(), digest_size=16).digest()
-        for cell in map(str, obs.index)
-    ]
-    order, start = np.frombuffer(b"".join(draws), dtype="<u8").reshape(-1, 2).T
-    start = start / 2.0**64
-
-    # Systematic sampling: the r-th of m cells of a batch stands at (r + random start) / m, so that any
-    # stretch of [0, 1) holds about the same share of every batch.
-    by_batch = np.lexsort((order, batch, condition))
-    first, rank, size = _groups(condition[by_batch], batch[by_batch])
-    place = np.empty(len(obs))
-    place[by_batch] = (rank + start[by_batch][first]) / size
-
+    cells = [str(cell) for cell in obs.index]
+    place, order = _draw(condition, batch, cells, f"{track}\0query")
     by_place = np.lexsort((order, place, condition))
     _, rank, size = _groups(condition[by_place])
     n_train, n_val, _ = _largest_remainder(size, fractions).T
-    roles = np.empty(len(obs), dtype=_CELL_ROLES.dtype)
-    roles[by_place] = _CELL_ROLES[(rank >= n_train).astype(int) + (rank >= n_train + n_val)]
-    return Split(track, seed, pd.Series(roles.astype(object), index=obs.index, name="role"), fractions)
+    is_query, goal = np.empty(len(obs), dtype=bool), np.empty(len(obs), dtype=np.int64)
+    is_query[by_place] = rank >= n_train + n_val
+    goal[by_place] = n_train if fractions[1] else size
+    if groups is not None:
+        is_query = _as_first(is_query, order, groups, condition)
+
+    rest = np.flatnonzero(~is_query)
+    place, inner_order = _draw(condition[rest], batch[rest], [cells[i] for i in rest], f"{track}\0{seed}")
+    by_place = np.lexsort((inner_order, place, condition[rest]))
+    _, rank, _ = _groups(condition[rest][by_place])
+    is_val = np.empty(len(rest), dtype=bool)
+    is_val[by_place] = rank >= goal[rest][by_place]
+    if groups is not None:
+        is_val = _as_first(is_val, inner_order, groups[rest], condition[rest])
+    roles = np.full(len(obs), "query", dtype=object)
+    roles[rest] = np.where(is_val, "val", "train")
+    return Split(track, seed, pd.Series(roles, index=obs.index, name="role"), fractions)
+
+
+def _draw(condition, batch, cells: list[str], salt: str) -> tuple[np.ndarray, np.ndarray]:
+    """Place of each cell within its condition, in [0, 1), and the random number that orders equal ones.
+
+    Systematic sampling: the r-th of m cells of a batch stands at (r + random start) / m, so that any stretch of
+    [0, 1) holds about the same share of every batch.
+    """
+    draws = [hashlib.blake2b(f"{salt}\0{cell}".encode(), digest_size=16).digest() for cell in cells]
+    order, start = np.frombuffer(b"".join(draws), dtype="<u8").reshape(-1, 2).T
+    start = start / 2.0**64
+    by_batch = np.lexsort((order, batch, condition))
+    first, rank, size = _groups(condition[by_batch], batch[by_batch])
+    place = np.empty(len(cells))
+    place[by_batch] = (rank + start[by_batch][first]) / size
+    return place, order
+
+
+def _as_first(
+    held_out: np.ndarray, order: np.ndarray, groups: np.ndarray, condition: np.ndarray
+) -> np.ndarray:
+    """`held_out` with every group as its first cell in `order`; a group is kept where a condition would lose all."""
+    by_order = np.argsort(order, kind="stable")
+    _, first, group = np.unique(groups[by_order], return_index=True, return_inverse=True)
+    of_group = held_out[by_order][first]
+    code = np.empty(len(groups), dtype=np.int64)
+    code[by_order] = group
+    for lost in np.flatnonzero(np.bincount(condition, ~of_group[code], minlength=1) == 0):
+        own = np.flatnonzero(condition == lost)
+        if len(own):
+            of_group[code[own[0]]] = False
+    return of_group[code]
 
 
 def cells_of_role(role: str, split_id: str, split_hash: str) -> str:
@@ -160,7 +206,7 @@ def get_split(
     """
     path = Path(directory) / f"{track}-seed{seed}.parquet"
     if not path.exists():
-        split = make_split(screen.obs, track=track, seed=seed, fractions=fractions)
+        split = make_split(screen.obs, track=track, seed=seed, fractions=fractions, groups=screen.duplicates)
         _write(path, split, screen)
     return _read(path, screen, track, _whole(seed), _checked_fractions(fractions))
 

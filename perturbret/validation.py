@@ -1,8 +1,10 @@
 """How well an encoder does on single validation cells: what settings, epochs and read-outs are chosen by."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
 from .metrics import rank_top
 from .prepare import Prepared
@@ -11,6 +13,31 @@ from .scoring import candidate_names, score_queries
 SCORINGS = ("cosine", "whitened", "classifier")
 # Whitening more dimensions than this costs more than it tells about a choice of settings.
 _MAX_WHITENED = 1024
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An encoder and how it was chosen.
+
+    Attributes
+    ----------
+    encoder : Encoder
+    selection : pandas.DataFrame
+        One row per setting tried: the settings, `exact_hit@1` on validation cells, the `readout` that reached it,
+        `chosen`.
+    chosen : dict
+        The chosen settings; `fit_baseline(..., fixed=chosen)` fits the same encoder again.
+    history : pandas.DataFrame or None
+        One row per epoch, for what is trained in epochs by `perturbret.modes`.
+    checks : dict
+        What was proved of the encoder, for the manifest.
+    """
+
+    encoder: object
+    selection: pd.DataFrame
+    chosen: dict
+    history: pd.DataFrame | None = None
+    checks: dict = field(default_factory=dict)
 
 
 def best_readout(

@@ -1,5 +1,6 @@
 """A fine-tuning run as a directory: what it holds, when it is kept, when it is fitted again, how it is evaluated."""
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -56,6 +57,35 @@ def no_fit(monkeypatch):
     return lambda: monkeypatch.setattr(pipeline, "_fit", refuse)
 
 
+def test_changed_evaluation_code_judges_validation_cells_again_and_fits_nothing(copied, no_fit, monkeypatch):
+    table = (copied.directory / "validation.csv").read_text()
+    (copied.directory / "validation.csv").write_text("stale")
+    code = pipeline._code
+    no_fit()
+    fit_run(copied)
+    assert (copied.directory / "validation.csv").read_text() == "stale"
+    monkeypatch.setattr(pipeline, "_code", lambda module: "new" if module == "evaluate" else code(module))
+    fit_run(copied)
+    assert (copied.directory / "validation.csv").read_text() == table
+    assert copied.manifest["fit"]["validation_code"] == "new"
+
+
+def test_an_ensemble_has_a_null_twin_of_one_member(screen, tmp_path):
+    run = open_run(screen, encoder="mlp", mask="all_targets", seed=0, outputs=str(tmp_path))
+    asked = []
+    real = pipeline._fit
+
+    def record(run, prepared, name, fixed=None):
+        asked.append(fixed)
+        fitted = real(run, prepared, name, fixed and {k: v for k, v in fixed.items() if k != "members"})
+        return dataclasses.replace(fitted, chosen={**fitted.chosen, "members": 3})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_fit", record)
+        fit_run(run)
+    assert asked[0] is None and asked[1]["members"] == 1
+
+
 def test_two_processes_make_one_run(fitted, screen, tiny_checkpoint, tmp_path, no_fit):
     toy.run_two(__file__, tmp_path, tiny_checkpoint)
     run = open_head(screen, tmp_path, tiny_checkpoint)
@@ -86,6 +116,7 @@ def test_a_fitted_run_leaves_its_artifacts(fitted, screen, tiny_checkpoint):
     names = {path.name for path in run.directory.iterdir()}
     assert names == {
         "encoder", "null_encoder", "manifest.json", "params.yaml", "history.csv", "selection.csv", "validation.csv",
+        "validation_scores.parquet",
     }  # fmt: skip
     history = pd.read_csv(run.directory / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and (history["member"] == 0).all()
@@ -128,12 +159,18 @@ def test_a_tampered_run_is_fitted_again(copied):
     assert not list(copied.directory.glob("training_*"))
 
 
+def stop_before_the_twin(patch):
+    """Break the fit after the encoder and before its null twin, which is fitted with fixed settings."""
+    real = pipeline._fit
+    patch.setattr(pipeline, "_fit", lambda *a, fixed=None: 1 / 0 if fixed else real(*a, fixed=fixed))
+
+
 def test_a_run_that_was_stopped_goes_on_and_leaves_no_state(
     screen, tiny_checkpoint, tmp_path, monkeypatch, capsys
 ):
     run = open_head(screen, tmp_path, tiny_checkpoint)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "null_twin", lambda run: 1 / 0)
+        stop_before_the_twin(patch)
         with pytest.raises(ZeroDivisionError):
             fit_run(run)
     assert list(run.directory.glob("training_encoder/*/training-*.pt")) and not run.manifest
@@ -141,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_no_state(
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_code", lambda module: "0" * 64)
-        patch.setattr(pipeline, "null_twin", lambda run: 1 / 0)
+        stop_before_the_twin(patch)
         with pytest.raises(ZeroDivisionError):
             fit_run(run)
     assert "resumed" not in capsys.readouterr().out
