@@ -1,14 +1,15 @@
 """Encoders: from masked cells to embeddings and, where there is a head, to log-probabilities of conditions."""
 
+import importlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from scipy.sparse import issparse
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 from .atomic import replacing
 from .features import compute_features
@@ -17,8 +18,25 @@ from .prepare import Cells, Context
 _CHUNK_VALUES = 8_000_000
 
 
+class Transform:
+    """One step from features to an embedding: a frozen dataclass whose fields are arrays or JSON values.
+
+    Its arrays are saved as tensors, its other fields in encoder.json with its module and name, so that a new kind of
+    step needs no code here.
+    """
+
+    @property
+    def width(self) -> int:
+        """Values per cell that it holds at a time."""
+        raise NotImplementedError
+
+    def __call__(self, values) -> np.ndarray:
+        """Rows (n, p) of a csr_matrix or ndarray to rows (n, d); a row does not depend on the others."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Layer:
+class Layer(Transform):
     """x -> x @ weight + bias, or x * weight + bias where `weight` is a vector; then max(0, .) where `relu`.
 
     Attributes
@@ -40,6 +58,10 @@ class Layer:
                 f"layer: expected a weight (p, d) or (d,) and a bias (d,), got {self.weight.shape} and "
                 f"{self.bias.shape}"
             )
+
+    @property
+    def width(self) -> int:
+        return len(self.bias)
 
     def __call__(self, values) -> np.ndarray:
         """Apply to a csr_matrix or ndarray (n, p), in float64: rounding to float32 afterwards then hides the order of
@@ -65,7 +87,7 @@ class Encoder:
         A name that `perturbret.features.compute_features` knows.
     settings : mapping
         What the features need, and the hyperparameters chosen; JSON-able.
-    layers : tuple of Layer
+    layers : tuple of Transform
         None: the features are the embedding.
     head : Layer or None
         Embedding to unnormalised log-probabilities of `classes`.
@@ -78,7 +100,7 @@ class Encoder:
     kind: str
     features: str
     settings: Mapping
-    layers: tuple[Layer, ...]
+    layers: tuple[Transform, ...]
     head: Layer | None
     classes: tuple[str, ...]
     log_prior: np.ndarray | None
@@ -98,7 +120,7 @@ class Encoder:
         """
         if cells.counts.shape[1] != self.context.n_genes:
             raise ValueError(f"cells: expected {self.context.n_genes} genes, got {cells.counts.shape[1]}")
-        widths = [len(layer.bias) for layer in self.layers]
+        widths = [layer.width for layer in self.layers]
         step = max(64, _CHUNK_VALUES // max([512, *widths]))
         starts = range(0, max(len(cells), 1), step)
         return np.concatenate([self._embed(cells.take(np.s_[start : start + step])) for start in starts])
@@ -119,9 +141,12 @@ class Encoder:
         """Write `encoder.json` and `weights.safetensors` to `directory`, atomically."""
         from safetensors.numpy import save_file
 
-        arrays = {}
+        arrays, steps = {}, []
         for i, layer in enumerate(self.layers):
-            arrays |= {f"layers.{i}.weight": layer.weight, f"layers.{i}.bias": layer.bias}
+            values = {part.name: getattr(layer, part.name) for part in fields(layer)}
+            plain = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+            arrays |= {f"layers.{i}.{name}": values[name] for name in values.keys() - plain.keys()}
+            steps.append({"module": type(layer).__module__, "name": type(layer).__qualname__, "fields": plain})
         if self.head is not None:
             arrays |= {"head.weight": self.head.weight, "head.bias": self.head.bias}
         if self.log_prior is not None:
@@ -131,13 +156,81 @@ class Encoder:
             "kind": self.kind,
             "features": self.features,
             "settings": dict(self.settings),
-            "relu": [layer.relu for layer in self.layers],
+            "layers": steps,
             "classes": list(self.classes),
             "context": asdict(self.context),
         }
         with replacing(directory) as temporary:
             temporary.mkdir()
             save_file(arrays, temporary / "weights.safetensors")
+            text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+            (temporary / "encoder.json").write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of several encoders' class probabilities; the embedding is its logarithm.
+
+    Attributes
+    ----------
+    kind : str
+    settings : mapping
+        `chosen`: the hyperparameters; JSON-able.
+    members : tuple of Encoder
+        With heads, of the same classes and context.
+    """
+
+    kind: str
+    settings: Mapping
+    members: tuple[Encoder, ...]
+
+    def __post_init__(self):
+        if not self.members or any(member.head is None for member in self.members):
+            raise ValueError("members: expected at least one encoder, each with class probabilities")
+        made_for = {(member.classes, member.context) for member in self.members}
+        if len(made_for) > 1:
+            raise ValueError(f"members: expected the same classes and context, got {len(made_for)} of them")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.members[0].classes
+
+    @property
+    def context(self) -> Context:
+        return self.members[0].context
+
+    @property
+    def log_prior(self) -> np.ndarray | None:
+        """Of the first member; None where one of them does not carry it."""
+        carried = all(member.log_prior is not None for member in self.members)
+        return self.members[0].log_prior if carried else None
+
+    @property
+    def head(self) -> str:
+        """Something: there is a classifier."""
+        return "average"
+
+    def embed(self, cells: Cells) -> np.ndarray:
+        """Logarithms of the mean probabilities, float32 (n, C); errors as for `Encoder.embed`."""
+        found = [member.log_proba(member.embed(cells)) for member in self.members]
+        return (logsumexp(found, axis=0) - np.log(len(found))).astype(np.float32)
+
+    def log_proba(self, embeddings: np.ndarray) -> np.ndarray:
+        """Log-probabilities of `classes`, float64 (n, C)."""
+        return log_softmax(np.asarray(embeddings, np.float64), axis=1)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write `encoder.json` and a folder per member to `directory`, atomically."""
+        description = {
+            "format": "average",
+            "kind": self.kind,
+            "settings": dict(self.settings),
+            "n_members": len(self.members),
+        }
+        with replacing(directory) as temporary:
+            temporary.mkdir()
+            for i, member in enumerate(self.members):
+                member.save(temporary / f"member{i}")
             text = json.dumps(description, indent=2, allow_nan=False) + "\n"
             (temporary / "encoder.json").write_text(text, encoding="utf-8")
 
@@ -175,6 +268,9 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cac
     saved = json.loads(path.read_text(encoding="utf-8"))
     if saved.get("format") == "layers":
         return _load_layers(directory, saved)
+    if saved.get("format") == "average":
+        members = tuple(load_encoder(directory, f"member{i}") for i in range(saved["n_members"]))
+        return Average(saved["kind"], saved["settings"], members)
     if saved.get("format") == "bayes":
         from .bayes import load_bayes
 
@@ -183,7 +279,9 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cac
         from .scgpt import load_scgpt
 
         return load_scgpt(directory, cache=cache)
-    raise ValueError(f"{path}: expected format 'layers', 'bayes' or 'scgpt', got {saved.get('format')!r}")
+    raise ValueError(
+        f"{path}: expected format 'layers', 'average', 'bayes' or 'scgpt', got {saved.get('format')!r}"
+    )
 
 
 def without_cache(encoder):
@@ -195,17 +293,29 @@ def _load_layers(directory: Path, saved: dict) -> Encoder:
     from safetensors.numpy import load_file
 
     arrays = load_file(directory / "weights.safetensors")
-    layers = tuple(
-        Layer(arrays[f"layers.{i}.weight"], arrays[f"layers.{i}.bias"], relu)
-        for i, relu in enumerate(saved["relu"])
-    )
     return Encoder(
         kind=saved["kind"],
         features=saved["features"],
         settings=saved["settings"],
-        layers=layers,
+        layers=tuple(_load_step(step, arrays, f"layers.{i}.") for i, step in enumerate(saved["layers"])),
         head=Layer(arrays["head.weight"], arrays["head.bias"]) if "head.weight" in arrays else None,
         classes=tuple(saved["classes"]),
         log_prior=arrays.get("log_prior"),
         context=Context(**saved["context"]),
     )
+
+
+def _load_step(step: dict, arrays: dict[str, np.ndarray], prefix: str) -> Transform:
+    """The step that a file describes; nothing but a `Transform` of this package is made."""
+    package, _, module = step["module"].rpartition(".")
+    found = (
+        getattr(importlib.import_module(step["module"]), step["name"], None)
+        if package == __package__ and module.isidentifier()
+        else None
+    )
+    if not isinstance(found, type) or not issubclass(found, Transform):
+        raise ValueError(
+            f"layers: expected steps of {__package__}, got {step['module']}.{step['name']}"
+        )
+    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return found(**step["fields"], **own)

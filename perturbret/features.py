@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, hstack
 
 from .prepare import Cells
 
-NAMES = ("constant", "log1p", "depth", "batch", "obsm:<key>")
+NAMES = ("constant", "log1p", "log1p_depth", "counts", "depth", "batch", "obsm:<key>")
 
 
 def compute_features(name: str, cells: Cells, settings: Mapping) -> csr_matrix | np.ndarray:
@@ -17,14 +17,15 @@ def compute_features(name: str, cells: Cells, settings: Mapping) -> csr_matrix |
     ----------
     name : str
         `constant`: one column of ones. `log1p`, `depth`: see the functions of that name; `log1p` takes `target_sum`
-        from `settings`, and `columns` where only some genes are to be used. `batch`: one column per batch in
+        from `settings`, and `columns` where only some genes are to be used. `log1p_depth`: the same, then the two
+        columns of `depth`. `counts`: UMIs, of `columns` where given, then the cell's total. `batch`: one column per batch in
         `settings["batches"]`, 1 for the cell's own. `obsm:<key>`: the given embedding.
     cells : Cells
     settings : mapping
 
     Returns
     -------
-    csr_matrix (for log1p) or ndarray, float32, shape (n, p)
+    csr_matrix (for log1p, log1p_depth and counts) or ndarray, float32, shape (n, p)
 
     Raises
     ------
@@ -33,9 +34,13 @@ def compute_features(name: str, cells: Cells, settings: Mapping) -> csr_matrix |
     """
     if name == "constant":
         return np.ones((len(cells), 1), np.float32)
-    if name == "log1p":
-        values = log1p(cells, settings["target_sum"])
-        return values if settings.get("columns") is None else values[:, settings["columns"]]
+    if name in ("log1p", "log1p_depth", "counts"):
+        values = cells.counts if name == "counts" else log1p(cells, settings["target_sum"])
+        values = values if settings.get("columns") is None else values[:, settings["columns"]]
+        if name == "log1p":
+            return values
+        more = depth(cells) if name == "log1p_depth" else cells.totals[:, None].astype(np.float32)
+        return hstack([values, csr_matrix(more)], format="csr")
     if name == "depth":
         return depth(cells)
     if name == "batch":

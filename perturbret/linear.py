@@ -8,6 +8,7 @@ from scipy.sparse import csr_matrix, diags_array
 
 from .encoders import Encoder, Layer
 from .logistic import fit_logistic, preconditioner
+from .methods import above_zero, flag, method, share, whole
 from .spectrum import gram, spectrum
 from .training import Training, class_sums, inverse_spread
 
@@ -15,6 +16,7 @@ from .training import Training, class_sums, inverse_spread
 _LDA_GENES = 5000
 
 
+@method("pca", target_sum=above_zero(10000), n_components=whole(20, 50, 100))
 def fit_pca(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Leading principal components of the perturbed training cells, unscaled."""
     # A round number, so that a choice fitted again alone is iterated with as many vectors as in the search.
@@ -29,12 +31,27 @@ def fit_pca(training: Training, grid: list[dict]) -> Iterator[Encoder]:
         yield training.encoder("log1p", layers, None, chosen, target_sum=target_sum)
 
 
+@method(
+    "lda_low_rank",
+    target_sum=above_zero(10000),
+    scale=flag(False),
+    n_components=whole(4, 6, 8, 12, 16, 24),
+    shrinkage=share(0.95, 0.9, 0.7, 0.5, 0.3, 0.1),
+)
+@method(
+    "lda",
+    target_sum=above_zero(10000),
+    scale=flag(False),
+    shrinkage=share(0.95, 0.9, 0.7, 0.5, 0.3, 0.1),
+)
 def fit_lda(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Linear discriminant analysis of the most variable genes; the embedding is the discriminant space.
 
     The within-class covariance S becomes (1 - a) S + a tr(S) / p I with a the `shrinkage` (Friedman 1989, J. Am. Stat.
     Assoc. 84). The embedding whitens by it and keeps the directions in which class means differ, so that the squared
-    distances to the means, and hence the head's probabilities, are those of the full space.
+    distances to the means, and hence the head's probabilities, are those of the full space. With `n_components` only
+    the directions in which the weighted class means vary most are kept: reduced-rank discriminant analysis (Hastie,
+    Tibshirani & Friedman 2009, The Elements of Statistical Learning, section 4.3.3).
     """
     for features, scale, settings, group in _by_features(training, grid, _LDA_GENES):
         sums = class_sums(features, training.labels, len(training.classes))
@@ -48,7 +65,7 @@ def fit_lda(training: Training, grid: list[dict]) -> Iterator[Encoder]:
             factor = cholesky(shrunk, lower=True, overwrite_a=True, check_finite=False)
             white = solve_triangular(factor, means.T, lower=True, check_finite=False).T
             _, strength, axes = svd(np.sqrt(training.shares)[:, None] * white, full_matrices=False)
-            axes = axes[: max(1, int((strength > 1e-9 * strength[0]).sum()))].T
+            axes = axes[: max(1, int((strength > 1e-9 * strength[0]).sum()))][: chosen.get("n_components")].T
             located = white @ axes
             projection = solve_triangular(factor, axes, lower=True, trans="T", check_finite=False)
             projection *= scale[:, None]
@@ -57,6 +74,10 @@ def fit_lda(training: Training, grid: list[dict]) -> Iterator[Encoder]:
             yield training.encoder("log1p", (Layer(projection, bias),), head, chosen, **settings)
 
 
+# Scaling genes to unit variance costs 3 points on shallow cells, yet is offered.
+@method(
+    "logreg", target_sum=above_zero(10000), scale=flag(False, True), C=above_zero(0.01, 0.03, 0.1, 0.3)
+)
 def fit_logreg(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Multinomial logistic regression; the embedding is the logits."""
     n_classes = len(training.classes)

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_softmax
 
-from .encoders import Encoder, Layer
+from .encoders import Average, Encoder, Layer
+from .methods import above_zero, at_least_zero, method, whole
 from .training import Training
 
 LEARNING_RATE = 1e-3
 MAX_EPOCHS = 100
 PATIENCE = 5
 _BATCH = 128
+# Members of an average and repeats of a run have different random numbers.
+_SEEDS_APART = 10_000
 
 
 @dataclass(frozen=True)
@@ -99,27 +102,48 @@ def train_network(
     return _network(parameters, epochs) if epochs else best
 
 
-def fit_mlp(training: Training, grid: list[dict]) -> Iterator[Encoder]:
+@method(
+    "mlp_x5",
+    scorings=("classifier",),
+    drafts=True,
+    target_sum=above_zero(10000),
+    hidden=whole(128, 256),
+    weight_decay=at_least_zero(3.0, 1.0, 0.3, 0.1),
+    members=whole(5),
+)
+@method("mlp", target_sum=above_zero(10000), hidden=whole(128), weight_decay=at_least_zero(3.0, 1.0))
+def fit_mlp(training: Training, grid: list[dict]) -> Iterator[Encoder | Average]:
     """The network as an encoder: the embedding is the hidden layer. The number of epochs is a setting that early
-    stopping on validation cells chooses, unless it is given."""
+    stopping on validation cells chooses, unless it is given.
+
+    With `members` above 1: the mean class probabilities of so many networks from different random numbers, all trained
+    for as many epochs as the first (a deep ensemble; Lakshminarayanan, Pritzel & Blundell 2017, NeurIPS). Settings are
+    compared with the first network alone.
+    """
     for chosen in grid:
-        target_sum = chosen["target_sum"]
-        epochs = chosen.get("epochs")
-        made = train_network(
-            training.features("log1p", target_sum=target_sum),
-            training.labels,
-            len(training.classes),
-            hidden=chosen["hidden"],
-            weight_decay=chosen["weight_decay"],
-            seed=training.seed,
-            epochs=epochs,
-            validation=None if epochs else training.validation("log1p", target_sum=target_sum),
-        )
-        layers = (Layer(made.weights[0], made.biases[0], relu=True),)
-        head = Layer(made.weights[1], made.biases[1])
-        yield training.encoder(
-            "log1p", layers, head, {**chosen, "epochs": made.epochs}, target_sum=target_sum
-        )
+        features = {"target_sum": chosen["target_sum"]}
+        members, epochs = [], chosen.get("epochs")
+        for number in range(1 if training.draft else chosen.get("members", 1)):
+            made = train_network(
+                training.features("log1p", **features),
+                training.labels,
+                len(training.classes),
+                hidden=chosen["hidden"],
+                weight_decay=chosen["weight_decay"],
+                seed=training.seed + _SEEDS_APART * number,
+                epochs=epochs,
+                validation=None if epochs else training.validation("log1p", **features),
+            )
+            epochs = made.epochs
+            layers = (Layer(made.weights[0], made.biases[0], relu=True),)
+            head = Layer(made.weights[1], made.biases[1])
+            members.append(
+                training.encoder("log1p", layers, head, {**chosen, "epochs": epochs}, **features)
+            )
+        if len(members) == 1:
+            yield members[0]
+        else:
+            yield Average(training.kind, {"chosen": {**chosen, "epochs": epochs}}, tuple(members))
 
 
 def _network(parameters, epoch):

@@ -7,6 +7,7 @@ import numpy as np
 from .encoders import Encoder, Layer
 from .features import compute_features, depth, log1p
 from .logistic import fit_logistic
+from .methods import above_zero, flag, method, sign
 from .training import Training, class_sums, inverse_spread, moments
 
 # Cells' worth of the class shares added to each batch's own: few cells must not exclude a condition.
@@ -15,12 +16,14 @@ _PRIOR_CELLS = 10.0
 _SHIFT_GENES = 2000
 
 
+@method("prior")
 def fit_prior(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """The same for every cell: log class shares."""
     head = Layer(np.zeros((1, len(training.classes))), np.log(training.shares))
     yield training.encoder("constant", (), head, {})
 
 
+@method("library_size")
 def fit_library_size(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Logistic regression on log total and log number of detected genes."""
     values = depth(training.cells).astype(np.float64)
@@ -31,6 +34,7 @@ def fit_library_size(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     yield training.encoder("depth", (standard,), Layer(model.coef, model.intercept), {})
 
 
+@method("batch")
 def fit_batch(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Shares of the classes within the cell's batch, shrunk towards the class shares; a batch that is not among the
     training cells gets the class shares."""
@@ -45,6 +49,7 @@ def fit_batch(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     yield training.encoder("batch", (), head, {}, batches=batches)
 
 
+@method("target_activation", target_sum=above_zero(10000), sign=sign(1, -1))
 def fit_target_activation(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """z-scores of each condition's measured targets against controls, summed over the targets and divided by the root
     of their number (Stouffer); 0 for a condition without any. `sign` -1: perturbation lowers its target.
@@ -69,6 +74,7 @@ def fit_target_activation(training: Training, grid: list[dict]) -> Iterator[Enco
         )
 
 
+@method("mean_shift", target_sum=above_zero(10000))
 def fit_mean_shift(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """log1p expression minus its mean over control cells; of the most variable genes, where there are many."""
     for chosen in grid:
@@ -80,6 +86,7 @@ def fit_mean_shift(training: Training, grid: list[dict]) -> Iterator[Encoder]:
         yield training.encoder("log1p", (Layer(np.ones(len(mean)), -mean),), None, chosen, **settings)
 
 
+@method("obsm", scale=flag(False, True))
 def fit_obsm(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """A given embedding as it is, or standardised on training cells."""
     values = training.features(training.kind)

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
 from .conditions import CTRL
-from .encoders import Encoder, Layer
+from .encoders import Encoder, Layer, Transform
 from .features import compute_features
 from .prepare import Cells, Prepared
 from .queries import by_name
@@ -25,6 +25,10 @@ class Training:
         order in a file.
     shares : ndarray, shape (C,)
         Of each class among the perturbed training cells.
+    draft : bool
+        Settings are being compared: what averages many parts may make fewer of them.
+    tried : list of dict
+        What else was tried on validation cells on the way, for the log of the selection.
     """
 
     def __init__(self, prepared: Prepared, kind: str, seed: int):
@@ -38,6 +42,8 @@ class Training:
         self.cells = prepared.cells.take(index)
         self.labels = np.searchsorted(self.classes, prepared.conditions[index])
         self.shares = np.bincount(self.labels, minlength=len(self.classes)) / len(self.labels)
+        self.draft = False
+        self.tried: list[dict] = []
         self._computed: dict = {}
 
     @property
@@ -71,7 +77,7 @@ class Training:
     def encoder(
         self,
         features: str,
-        layers: tuple[Layer, ...],
+        layers: tuple[Transform, ...],
         head: Layer | None,
         chosen: dict,
         *,

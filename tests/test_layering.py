@@ -27,9 +27,10 @@ LAYERS = {
     ),
     "evaluation": "evaluate scoring",
     "encoders": (
-        "adapt adapters baselines batches bayes checkpoint corpus decoders dropout embeddings encoders features "
-        "finetune heads linear logistic losses masked_values mlp model modes monitor network optimise pretraining "
-        "proofs references scgpt settings spectrum tokens training trunk validation"
+        "adapt adapters average baselines batches bayes checkpoint corpus decoders dropout embeddings encoders "
+        "features finetune heads linear logistic losses masked_values methods mlp model modes monitor naive_bayes "
+        "neighbours network optimise pretraining proofs references scgpt settings spectrum tokens training trees "
+        "trunk validation"
     ),
     "bookkeeping": (
         "__main__ adaptation audit compare contenders coverage execute figures grid html index parameters pipeline "
