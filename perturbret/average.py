@@ -10,7 +10,7 @@ from .training import Training
 # What may be averaged: the best simple classifiers, linear ones, a network and trees, from the simplest.
 MEMBERS = ("logreg", "lda_low_rank", "mlp", "extra_trees")
 _SETS = tuple("+".join(names) for size in (2, 3, 4) for names in combinations(MEMBERS, size))
-
+# Columns of a selection that are no settings.
 _JUDGED = ("exact_hit@1", "readout")
 
 
@@ -34,7 +34,9 @@ def fit_average(training: Training, grid: list[dict]) -> Iterator[Average]:
             if name in fitted:
                 continue
             prefix = f"{name}."
-            given = {key.removeprefix(prefix): value for key, value in chosen.items() if key.startswith(prefix)}
+            given = {
+                key.removeprefix(prefix): value for key, value in chosen.items() if key.startswith(prefix)
+            }
             fitted[name] = fit_method(
                 name,
                 training.prepared,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-# Importing a module registers its opponents (`perturbret.methods.method`), in the order of the ladder.
-from . import references, linear, neighbours, naive_bayes, mlp, trees, average  # noqa: F401, I001
+# Importing a module registers its opponents (`perturbret.methods.method`).
+from . import average, linear, mlp, naive_bayes, neighbours, references, trees  # noqa: F401
 from .methods import METHODS, fit_method
 from .prepare import Prepared
 from .validation import Fitted

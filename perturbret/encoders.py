@@ -146,7 +146,9 @@ class Encoder:
             values = {part.name: getattr(layer, part.name) for part in fields(layer)}
             plain = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
             arrays |= {f"layers.{i}.{name}": values[name] for name in values.keys() - plain.keys()}
-            steps.append({"module": type(layer).__module__, "name": type(layer).__qualname__, "fields": plain})
+            steps.append(
+                {"module": type(layer).__module__, "name": type(layer).__qualname__, "fields": plain}
+            )
         if self.head is not None:
             arrays |= {"head.weight": self.head.weight, "head.bias": self.head.bias}
         if self.log_prior is not None:
@@ -314,8 +316,6 @@ def _load_step(step: dict, arrays: dict[str, np.ndarray], prefix: str) -> Transf
         else None
     )
     if not isinstance(found, type) or not issubclass(found, Transform):
-        raise ValueError(
-            f"layers: expected steps of {__package__}, got {step['module']}.{step['name']}"
-        )
+        raise ValueError(f"layers: expected steps of {__package__}, got {step['module']}.{step['name']}")
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     return found(**step["fields"], **own)

@@ -75,9 +75,7 @@ def fit_lda(training: Training, grid: list[dict]) -> Iterator[Encoder]:
 
 
 # Scaling genes to unit variance costs 3 points on shallow cells, yet is offered.
-@method(
-    "logreg", target_sum=above_zero(10000), scale=flag(False, True), C=above_zero(0.01, 0.03, 0.1, 0.3)
-)
+@method("logreg", target_sum=above_zero(10000), scale=flag(False, True), C=above_zero(0.01, 0.03, 0.1, 0.3))
 def fit_logreg(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Multinomial logistic regression; the embedding is the logits."""
     n_classes = len(training.classes)

@@ -1,6 +1,6 @@
 """The register of simple opponents: how each is fitted, which settings it has, which values are tried and allowed.
 
-A new opponent is one file with a function under `@method(...)`, named in `perturbret.baselines`, and a recipe in params/.
+A new opponent is one file with a function under `@method(...)`, imported by `perturbret.baselines`, and a recipe.
 """
 
 import itertools

@@ -137,9 +137,7 @@ def fit_mlp(training: Training, grid: list[dict]) -> Iterator[Encoder | Average]
             epochs = made.epochs
             layers = (Layer(made.weights[0], made.biases[0], relu=True),)
             head = Layer(made.weights[1], made.biases[1])
-            members.append(
-                training.encoder("log1p", layers, head, {**chosen, "epochs": epochs}, **features)
-            )
+            members.append(training.encoder("log1p", layers, head, {**chosen, "epochs": epochs}, **features))
         if len(members) == 1:
             yield members[0]
         else:

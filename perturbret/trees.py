@@ -199,7 +199,9 @@ def _plant(trees: list[tuple], base: np.ndarray, *, votes: bool) -> Forest:
         leaf = np.asarray(feature) < 0
         inner = np.flatnonzero(~leaf)
         if not np.array_equal(np.asarray(left)[inner], inner + 1):
-            raise RuntimeError("trees: expected each left child right after its parent, scikit-learn stored others")
+            raise RuntimeError(
+                "trees: expected each left child right after its parent, scikit-learn stored others"
+            )
         roots.append(sum(len(part[0]) for part in parts[-1:]) + (roots[-1] if roots else 0))
         # A leaf may say nothing at all: it keeps one entry, so that every leaf has some.
         said = said[leaf]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -9,19 +10,27 @@ import yaml
 from scipy.sparse import csr_matrix
 from toy import reordered, toy_cells
 
-from perturbret import linear, mlp, references
+from perturbret import linear, methods, mlp, references, trees
 from perturbret.baselines import KINDS, SEARCH, fit_baseline
 from perturbret.conditions import CTRL
 from perturbret.datasets import load_screen
-from perturbret.encoders import load_encoder
-from perturbret.evaluate import evaluate
-from perturbret.features import log1p
+from perturbret.encoders import Average, load_encoder
+from perturbret.evaluate import evaluate, null_control
+from perturbret.features import depth, log1p
 from perturbret.nulls import permute_conditions
 from perturbret.prepare import prepare
 from perturbret.simulate import simulate_screen
 from perturbret.splits import make_split
 
 FITTED = [kind for kind in SEARCH if kind != "obsm"] + ["obsm:X_a"]
+STRONG = ["lda_low_rank", "knn", "naive_bayes", "mlp_x5", "extra_trees", "boosted_trees", "average"]
+# Smaller searches where the default takes seconds.
+SMALL = {
+    "mlp_x5": {"hidden": [16, 32], "weight_decay": [0.1], "members": [3]},
+    "extra_trees": {"n_trees": [80], "min_samples_leaf": [10, 3], "max_features": [0.2]},
+    "boosted_trees": {"n_rounds": [3, 6], "max_leaves": [4]},
+    "average": {"methods": ["logreg+lda_low_rank", "lda_low_rank+mlp"]},
+}
 PARAMS = Path(__file__).resolve().parents[1] / "params"
 
 
@@ -39,13 +48,19 @@ def prepared(screen):
 
 @pytest.fixture(scope="module")
 def fits(prepared):
-    return {kind: fit_baseline(kind, prepared, seed=0) for kind in FITTED}
+    return {kind: fit(kind, prepared) for kind in FITTED}
+
+
+def fit(kind, prepared, **options):
+    return fit_baseline(kind, prepared, seed=0, search=SMALL.get(kind), **options)
 
 
 def weights(encoder):
-    arrays = [array for layer in encoder.layers for array in (layer.weight, layer.bias)]
-    arrays += [encoder.head.weight, encoder.head.bias] if encoder.head is not None else []
-    return b"".join(array.tobytes() for array in arrays)
+    """All tensors that it saves."""
+    with TemporaryDirectory() as directory:
+        encoder.save(Path(directory) / "encoder")
+        files = sorted(Path(directory).rglob("*.safetensors"))
+        return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def dense(prepared, role):
@@ -62,6 +77,7 @@ def with_counts(prepared, rows, counts):
 def test_each_kind_is_saved_and_loaded_without_loss(kind, fits, prepared, tmp_path):
     encoder = fits[kind].encoder
     encoder.save(tmp_path / "encoder")
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
     loaded = load_encoder(tmp_path)
     embeddings = encoder.embed(prepared.cells)
     assert embeddings.ndim == 2 and np.isfinite(embeddings).all()
@@ -90,7 +106,7 @@ def test_query_cells_leave_no_trace(kind, fits, prepared):
     changed.cells.totals[:] = prepared.cells.totals
     labels = prepared.conditions.copy()
     labels[rows] = np.random.default_rng(1).permutation(labels[rows])
-    other = fit_baseline(kind, replace(changed, conditions=labels), seed=0)
+    other = fit(kind, replace(changed, conditions=labels))
     assert weights(other.encoder) == weights(fits[kind].encoder)
     assert other.selection.equals(fits[kind].selection)
 
@@ -107,11 +123,13 @@ def test_validation_cells_choose_and_do_not_fit(kind, fits, prepared):
 @pytest.mark.parametrize("kind", FITTED)
 def test_the_order_of_cells_does_not_matter(kind, fits, prepared):
     order = np.random.default_rng(0).permutation(len(prepared.conditions))
-    other = fit_baseline(kind, reordered(prepared, order), seed=0)
+    other = fit(kind, reordered(prepared, order))
     assert weights(other.encoder) == weights(fits[kind].encoder)
 
 
-@pytest.mark.parametrize("kind", ["pca", "lda", "logreg", "mlp", "obsm:X_a", "target_activation"])
+@pytest.mark.parametrize(
+    "kind", ["pca", "lda", "lda_low_rank", "naive_bayes", "logreg", "mlp", "obsm:X_a", "target_activation"]
+)
 def test_the_best_on_validation_is_chosen_as_evaluation_sees_it(kind, fits, prepared):
     fitted = fits[kind]
     table = fitted.selection
@@ -123,6 +141,45 @@ def test_the_best_on_validation_is_chosen_as_evaluation_sees_it(kind, fits, prep
     assert reached[chosen["readout"]] == pytest.approx(chosen["exact_hit@1"], abs=1e-12)
     assert reached.max() == pytest.approx(chosen["exact_hit@1"], abs=1e-12)
     assert {key: chosen[key] for key in fitted.chosen} == fitted.chosen
+
+
+@pytest.mark.parametrize("kind", ["knn", "boosted_trees", "average"])
+def test_what_knows_its_training_cells_is_chosen_by_class_probabilities(kind, fits, prepared):
+    table = fits[kind].selection
+    assert len(table) > 1 and table["chosen"].sum() == 1 and set(table["readout"]) == {"classifier"}
+    scores = evaluate(fits[kind].encoder, prepared, role="val", query_sizes=(1,), scorings=("classifier",))
+    assert scores["exact_hit@1"].mean() == pytest.approx(
+        table.loc[table["chosen"], "exact_hit@1"].item(), abs=1e-12
+    )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A screen whose effects every honest method finds."""
+    return simulate_screen(
+        n_singles=5,
+        n_doubles=0,
+        n_genes=40,
+        cells_per_condition=60,
+        n_control=0,
+        n_batches=1,
+        effect=3.0,
+        unresponsive=0.0,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("kind", STRONG)
+def test_signal_is_found_and_permuted_labels_give_luck(kind, plain):
+    split = make_split(plain.obs, seed=0)
+    real = prepare(plain, split, mask="all_targets")
+    fitted = fit(kind, real)
+    hits = evaluate(fitted.encoder, real, query_sizes=(1,), scorings=("classifier",))["exact_hit@1"]
+    assert hits.mean() > 1 / len(real.candidates) + 4 * hits.std() / np.sqrt(len(hits))
+    permuted = permute_conditions(real.conditions, real.roles, seed=0)
+    null = prepare(plain, split, mask="all_targets", conditions=permuted)
+    twin = fit_baseline(kind, null, seed=0, fixed=fitted.chosen).encoder
+    assert null_control(twin, null, scorings=("classifier",))["p_value"].min() > 0.05
 
 
 def test_the_first_of_equals_is_chosen(prepared):
@@ -259,6 +316,180 @@ def test_lda_is_scikit_learns(prepared, shrinkage, scale):
     assert len(encoder.layers[0].bias) == len(prepared.candidates) - 1
 
 
+def test_low_rank_lda_keeps_the_leading_discriminants(prepared):
+    from scipy.linalg import eigh
+
+    fixed = {"target_sum": 10_000, "scale": False, "shrinkage": 0.5, "n_components": 3}
+    encoder = fit_baseline("lda_low_rank", prepared, seed=0, fixed=fixed).encoder
+    train, query = dense(prepared, "train"), dense(prepared, "query")
+    labels = np.searchsorted(prepared.candidates, prepared.conditions[prepared.where("train")])
+    shares = np.bincount(labels) / len(labels)
+    means = np.stack([train[labels == c].mean(axis=0) for c in range(len(shares))])
+    within = np.cov((train - means[labels]).T, bias=True)
+    shrunk = 0.5 * within + 0.5 * np.trace(within) / len(within) * np.eye(len(within))
+    spread = (means - train.mean(axis=0)).T * shares @ (means - train.mean(axis=0))
+    axes = eigh(spread, shrunk)[1][:, :-4:-1]
+    distances = ((query @ axes)[:, None] - means @ axes) ** 2
+    expected = shares * np.exp(-0.5 * distances.sum(axis=2))
+    found = encoder.log_proba(encoder.embed(prepared.cells.take(prepared.where("query"))))
+    np.testing.assert_allclose(np.exp(found), expected / expected.sum(axis=1, keepdims=True), atol=1e-4)
+
+
+@pytest.mark.parametrize("cells_per_tree", [4000, 100])
+def test_extra_trees_are_scikit_learns_and_one_tree_that_never_splits(prepared, monkeypatch, cells_per_tree):
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    monkeypatch.setattr(trees, "_TREE_CELLS", cells_per_tree)
+    monkeypatch.setattr(trees, "_BLOCK_PATHS", 700)  # paths are followed a few cells at a time
+    fixed = {"target_sum": 10_000, "n_trees": 30, "min_samples_leaf": 3, "max_features": 0.2}
+    encoder = fit_baseline("extra_trees", prepared, seed=7, fixed=fixed).encoder
+    index = prepared.where("train")
+    index = index[np.lexsort((prepared.cells.names[index], prepared.conditions[index]))]
+    labels = np.searchsorted(prepared.candidates, prepared.conditions[index])
+    sampled = {"bootstrap": True, "max_samples": 100} if cells_per_tree == 100 else {}
+    oracle = ExtraTreesClassifier(30, min_samples_leaf=3, max_features=0.2, random_state=7, **sampled)
+    oracle.fit(seen(prepared, index), labels)
+    query = prepared.where("query")
+    expected = (30 * oracle.predict_proba(seen(prepared, query)) + np.bincount(labels) / len(labels)) / 31
+    found = encoder.log_proba(encoder.embed(prepared.cells.take(query)))
+    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 8])
+def test_boosted_trees_are_scikit_learns(prepared, n_classes):
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    kept = prepared.candidates[:n_classes]
+    known = np.isin(prepared.conditions, kept)
+    some = replace(prepared, roles=np.where(known, prepared.roles, "gallery"), candidates=kept)
+    fixed = {"target_sum": 10_000, "n_rounds": 5, "learning_rate": 0.2, "max_leaves": 5}
+    fixed |= {"max_features": 0.5, "l2": 1.0}
+    encoder = fit_baseline("boosted_trees", some, seed=3, fixed=fixed).encoder
+    index = some.where("train")
+    index = index[np.lexsort((some.cells.names[index], some.conditions[index]))]
+    oracle = HistGradientBoostingClassifier(
+        max_iter=5,
+        learning_rate=0.2,
+        max_leaf_nodes=5,
+        max_features=0.5,
+        l2_regularization=1.0,
+        max_bins=64,
+        early_stopping=False,
+        random_state=3,
+    ).fit(seen(some, index), np.searchsorted(kept, some.conditions[index]))
+    query = some.where("query")
+    found = encoder.log_proba(encoder.embed(some.cells.take(query)))
+    np.testing.assert_allclose(np.exp(found), oracle.predict_proba(seen(some, query)), rtol=1e-5)
+
+
+def seen(prepared, index):
+    some = prepared.cells.take(index)
+    return np.hstack([log1p(some, 10_000).toarray(), depth(some)])
+
+
+def test_settings_of_trees_are_compared_on_few_and_the_chosen_forest_is_grown_in_full(fits, prepared):
+    assert len(fits["extra_trees"].encoder.layers[0].roots) == 80 > trees._DRAFT_TREES
+    assert fits["extra_trees"].chosen["n_trees"] == 80
+    (one,) = trees.fit_extra_trees(draft(prepared), [fits["extra_trees"].chosen])
+    assert len(one.layers[0].roots) == trees._DRAFT_TREES
+
+
+def draft(prepared):
+    made = methods.Training(prepared, "extra_trees", 0)
+    made.draft = True
+    return made
+
+
+@pytest.mark.parametrize("overdispersed", [False, True])
+def test_naive_bayes_is_the_product_of_its_genes(prepared, overdispersed):
+    from scipy.stats import nbinom, poisson
+
+    fixed = {"smoothing": 5.0, "overdispersed": overdispersed}
+    encoder = fit_baseline("naive_bayes", prepared, seed=0, fixed=fixed).encoder
+    train, query = (prepared.cells.take(prepared.where(role)) for role in ("train", "query"))
+    labels = np.searchsorted(prepared.candidates, prepared.conditions[prepared.where("train")])
+    counts, totals = train.counts.toarray().astype(float), train.totals
+    classes = range(len(prepared.candidates))
+    sums = np.stack([counts[labels == c].sum(axis=0) for c in classes])
+    depths = np.array([totals[labels == c].sum() for c in classes])[:, None]
+    overall, more = np.maximum(sums.sum(axis=0), 0.5) / depths.sum(), 5 * np.median(totals)
+    rates = (sums + more * overall) / (depths + more)
+    mean = totals[:, None] * (sums / depths)[labels]
+    excess = np.maximum(((counts - mean) ** 2 - mean).sum(axis=0), 0)
+    dispersion = (
+        excess / np.maximum((mean**2).sum(axis=0), 1e-300) if overdispersed else np.zeros(len(overall))
+    )
+    assert overdispersed == (dispersion > 0.01).any()
+    joint = []
+    for c in classes:
+        m, x = query.totals[:, None] * rates[c], query.counts.toarray()
+        size = 1 / np.maximum(dispersion, 1e-8)
+        each = np.where(dispersion > 1e-6, nbinom.logpmf(x, size, size / (size + m)), poisson.logpmf(x, m))
+        joint.append(each.sum(axis=1) + np.log((labels == c).mean()))
+    joint = np.array(joint).T
+    found = encoder.log_proba(encoder.embed(query))
+    np.testing.assert_allclose(found - found[:, :1], joint - joint[:, :1], atol=1e-3)
+
+
+def test_neighbours_vote_as_scikit_learns_do(prepared):
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import KNeighborsClassifier
+
+    fixed = {"target_sum": 10_000, "n_components": 10, "k": 7}
+    encoder = fit_baseline("knn", prepared, seed=0, fixed=fixed).encoder
+    train, query = dense(prepared, "train"), dense(prepared, "query")
+    labels = np.searchsorted(prepared.candidates, prepared.conditions[prepared.where("train")])
+    space = PCA(10, svd_solver="full").fit(train)
+    oracle = KNeighborsClassifier(7, metric="cosine", algorithm="brute").fit(space.transform(train), labels)
+    expected = (7 * oracle.predict_proba(space.transform(query)) + np.bincount(labels) / len(labels)) / 8
+    found = encoder.log_proba(encoder.embed(prepared.cells.take(prepared.where("query"))))
+    np.testing.assert_allclose(np.exp(found), expected, atol=1e-5)
+
+
+def test_neighbours_as_near_as_the_last_all_count(toy):
+    encoder = fit_baseline("knn", toy, seed=0, fixed={"target_sum": 10, "n_components": 2, "k": 99}).encoder
+    np.testing.assert_allclose(
+        np.exp(encoder.log_proba(encoder.embed(toy.cells))), np.tile([0.75, 0.25], (8, 1)), rtol=1e-6
+    )
+
+
+def test_members_are_networks_from_other_random_numbers_with_one_number_of_epochs(fits, prepared):
+    encoder, chosen = fits["mlp_x5"].encoder, fits["mlp_x5"].chosen
+    assert isinstance(encoder, Average) and len(encoder.members) == chosen["members"] == 3
+    assert len({member.layers[0].weight.tobytes() for member in encoder.members}) == 3
+    settings = {key: chosen[key] for key in ("target_sum", "hidden", "weight_decay", "epochs")}
+    alone = fit_baseline("mlp", prepared, seed=0, fixed=settings).encoder
+    assert alone.layers[0].weight.tobytes() == encoder.members[0].layers[0].weight.tobytes()
+    (twin,) = {fit_baseline("mlp_x5", prepared, seed=0, fixed={**chosen, "members": 1}).encoder.kind}
+    assert twin == "mlp_x5"
+
+
+def test_an_average_is_the_mean_of_its_members_probabilities_and_tells_what_was_tried(fits, prepared):
+    encoder, chosen, table = fits["average"].encoder, fits["average"].chosen, fits["average"].selection
+    names = chosen["methods"].split("+")
+    assert [member.kind for member in encoder.members] == names
+    each = []
+    for name, member in zip(names, encoder.members, strict=True):
+        own = {key.removeprefix(f"{name}."): value for key, value in chosen.items() if key.startswith(name)}
+        alone = fit_baseline(name, prepared, seed=0, fixed=own).encoder
+        assert weights(alone) == weights(member)
+        each.append(np.exp(alone.log_proba(alone.embed(prepared.cells))))
+    found = encoder.log_proba(encoder.embed(prepared.cells))
+    np.testing.assert_allclose(np.exp(found), np.mean(each, axis=0), rtol=1e-5)
+    tried = table["methods"].value_counts()
+    assert tried["logreg"] == 8 and tried["lda_low_rank"] == 36 and tried["mlp"] == 2
+    assert tried["logreg+lda_low_rank"] == tried["lda_low_rank+mlp"] == 1 and table["chosen"].sum() == 1
+    for name in ("logreg", "lda_low_rank", "mlp"):
+        assert set(table.loc[table["methods"] == name, "readout"]) == {"classifier"}
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="method: 'pca' is registered already, by perturbret.linear"):
+        methods.method("pca")(lambda training, grid: iter(()))
+    assert methods.METHODS["pca"].fit is linear.fit_pca
+
+
 @pytest.mark.parametrize("scale", [False, True])
 def test_logistic_regression_is_scikit_learns(prepared, scale):
     from sklearn.linear_model import LogisticRegression
@@ -358,7 +589,7 @@ def test_of_many_genes_the_most_variable_are_used(prepared, monkeypatch):
     assert encoder.embed(prepared.cells).shape[1] == 15
 
 
-@pytest.mark.parametrize("kind", ["lda", "logreg", "mlp"])
+@pytest.mark.parametrize("kind", ["lda", "logreg", "mlp", "extra_trees", "naive_bayes"])
 def test_the_leak_of_the_own_target_mask_is_learnt(kind):
     """Labels without any signal: only which columns were zeroed can tell them, and only under own_targets."""
     screen = simulate_screen(
@@ -419,6 +650,24 @@ def test_bayes_ceiling_is_a_kind(prepared):
             {"weight_decay": [-1]},
             "search: expected a number of at least 0 for weight_decay of mlp, got -1",
         ),
+        (
+            "average",
+            {"methods": ["pca+lda"]},
+            "search: expected two or more of logreg, .* joined by .*'pca.lda'",
+        ),
+        ("average", {"methods": ["logreg"]}, "search: expected two or more of .* for methods of average"),
+        ("average", {"C": [1]}, "search: average has the settings methods, got 'C'"),
+        ("extra_trees", {"n_trees": [0]}, "expected a whole number of at least 1 for n_trees of extra_trees"),
+        ("extra_trees", {"max_features": [2]}, "expected a number from 0 to 1 for max_features"),
+        (
+            "boosted_trees",
+            {"depth": [1]},
+            "boosted_trees has the settings target_sum, n_rounds, .*got 'depth'",
+        ),
+        ("knn", {"k": [True]}, "expected a whole number of at least 1 for k of knn, got True"),
+        ("naive_bayes", {"overdispersed": [1]}, "expected true or false for overdispersed of naive_bayes"),
+        ("mlp_x5", {"members": [2.0]}, "expected a whole number of at least 1 for members of mlp_x5"),
+        ("lda_low_rank", {"n_components": [0]}, "expected a whole number of at least 1 for n_components"),
         ("target_activation", {"sign": [2]}, "search: expected 1 or -1 for sign of target_activation, got 2"),
     ],
 )

@@ -1,6 +1,7 @@
 """Encoders: features and layers by hand, embeddings that depend on the cell alone, saving without loss."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy.sparse import csr_matrix
 from toy import toy_cells
 
 from perturbret import bayes, encoders
-from perturbret.encoders import Encoder, Layer, load_encoder
+from perturbret.encoders import Average, Encoder, Layer, load_encoder
 from perturbret.features import compute_features
 from perturbret.prepare import Cells, Context
 
@@ -191,7 +192,9 @@ def test_formats_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(bayes, "load_bayes", lambda directory: directory)
     assert load_encoder(tmp_path, "null_encoder") == tmp_path / "null_encoder"
     path.write_text(json.dumps({"format": "torch"}))
-    with pytest.raises(ValueError, match="expected format 'layers', 'bayes' or 'scgpt', got 'torch'"):
+    with pytest.raises(
+        ValueError, match="expected format 'layers', 'average', 'bayes' or 'scgpt', got 'torch'"
+    ):
         load_encoder(tmp_path, "null_encoder")
 
 
@@ -202,3 +205,22 @@ def test_shapes_that_cannot_be_are_named():
         encoder(head=Layer(np.zeros((2, 3)), np.zeros(3)))
     with pytest.raises(ValueError, match="cells: expected 3 genes, got 4"):
         encoder().embed(toy_cells(["A"], ["train"], counts=np.ones((1, 4))).cells)
+
+
+def test_nothing_but_a_step_of_this_package_is_made_from_a_file(tmp_path):
+    two_layers(np.random.default_rng(0)).save(tmp_path / "encoder")
+    path = tmp_path / "encoder" / "encoder.json"
+    saved = json.loads(path.read_text())
+    for module, name in (("os", "system"), ("perturbret.encoders", "Path"), ("perturbret.encoders", "gone")):
+        saved["layers"][0] |= {"module": module, "name": name}
+        path.write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match=f"layers: expected steps of perturbret, got {module}.{name}"):
+            load_encoder(tmp_path)
+
+
+def test_an_average_is_of_encoders_with_classifiers_made_for_the_same():
+    one = two_layers(np.random.default_rng(0))
+    with pytest.raises(ValueError, match="members: expected at least one encoder, each with class prob"):
+        Average("toy", {}, (one, encoder()))
+    with pytest.raises(ValueError, match="members: expected the same classes and context, got 2 of them"):
+        Average("toy", {}, (one, replace(one, classes=("A", "C"))))
