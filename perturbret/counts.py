@@ -11,6 +11,9 @@ EXACT_LIMIT = 2**24
 # Rows per block: a block of 8,192 cells with 5,000 expressed genes each needs 0.5 GB of temporaries.
 _ROWS = 8192
 
+# Fewer cells tell nothing about how counts are spread.
+_FEW_CELLS = 20
+
 # Largest count tried for the smallest nonzero value of a cell.
 _MAX_SMALLEST = 64
 
@@ -78,6 +81,47 @@ def check_counts(matrix: csr_matrix, *, name: str, cells: np.ndarray, genes: np.
     checked.sum_duplicates()
     checked.eliminate_zeros()
     return checked
+
+
+def scaled_counts(counts: csr_matrix) -> str:
+    """Why whole numbers look like normalised counts that were rounded; '' where they look like counts.
+
+    Two traces are looked for. Cells of counts each scaled by a factor s above 1.5 lack the whole numbers between
+    multiples of s: the value above their smallest one never occurs. And totals that are spread less than a Poisson
+    variable were set: counts of cells that are drawn and sequenced vary at least as much. Totals that are exactly
+    equal in most cells are those of counts that were drawn down to one depth, which stay counts.
+
+    Parameters
+    ----------
+    counts : csr_matrix, shape (n_cells, n_genes)
+        Whole numbers, no explicit zeros.
+    """
+    filled = np.flatnonzero(np.diff(counts.indptr))
+    if len(filled) < _FEW_CELLS:
+        return ""
+    starts = counts.indptr[filled]
+    smallest = np.minimum.reduceat(counts.data, starts)
+    per_value = np.repeat(smallest, np.diff(counts.indptr)[filled])
+    at_smallest = np.add.reduceat((counts.data == per_value).astype(int), starts)
+    above = np.add.reduceat((counts.data == per_value + 1).astype(int), starts)
+    telling = at_smallest >= 3
+    gaps = telling & (smallest > 1) & (above == 0)
+    if telling.sum() >= _FEW_CELLS and gaps.sum() > 0.2 * telling.sum():
+        return (
+            f"in {int(gaps.sum())} of {int(telling.sum())} cells the smallest value is 2 or more and the next whole "
+            "number never occurs, as in multiples of a scale"
+        )
+    sums = np.add.reduceat(counts.data, starts, dtype=np.float64)
+    middle = np.median(sums)
+    # Middle half, so that a few odd cells do not hide what the others show; 1.349 standard deviations of a normal.
+    spread = (np.quantile(sums, 0.75) - np.quantile(sums, 0.25)) / 1.349
+    drawn_down = np.mean(sums == middle) > 0.5
+    if len(sums) >= _FEW_CELLS and not drawn_down and middle >= 100 and spread < 0.5 * np.sqrt(middle):
+        return (
+            f"the totals of cells are nearly the same, {middle:g} with a spread of {spread:.3g}, less than chance "
+            f"alone gives counts (about {np.sqrt(middle):.3g})"
+        )
+    return ""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ _TYPE_COLUMNS = ("feature_types", "feature_type", "features_type")
 _EXPRESSION = {"geneexpression", "gene", "genes", "gex", "rna", "mrna", "expression"}
 # Parts of names that vectors, guides, barcodes and antibodies have.
 _CONSTRUCTS = set(
-    "sgrna grna guide guides guiderna crispr crispra crispri barcode barcodes featurebarcode hashtag hto adt totalseq "
-    "cmo multiseq cas9 dcas9 spcas9 cas12a cas13d cpf1 krab vpr vp64 gfp egfp mgfp bfp tagbfp tagbfp2 rfp tagrfp mcherry "
-    "tdtomato dsred mscarlet mkate2 yfp eyfp cfp venus citrine zsgreen mneongreen puro puror puromycin blasticidin bsdr hygro "
-    "hygror neor zeor vector plasmid lenti lentivirus lentiguide lenticas9 transgene wpre sv40 luc2 luciferase "
-    "lacz rtta tta tetr".split()
+    "sgrna grna guide guides guiderna crispr crispra crispri barcode barcodes featurebarcode hashtag hto adt "
+    "totalseq cmo multiseq cas9 dcas9 spcas9 cas12a cas13d cpf1 krab vpr vp64 gfp egfp mgfp bfp tagbfp tagbfp2 rfp "
+    "tagrfp mcherry tdtomato dsred mscarlet mkate2 yfp eyfp cfp venus citrine zsgreen mneongreen puro puror "
+    "puromycin blasticidin bsdr hygro hygror neor zeor vector plasmid lenti lentivirus lentiguide lenticas9 "
+    "transgene wpre sv40 luc2 luciferase lacz rtta tta tetr".split()
 )
-_GUIDE = re.compile(r"(?i).+[_\-.: |](?:sg|grna|sgrna|crrna|guide)(?:[_\-. ]?\d+)?$|.+[_\-.: |][ACGT]{17,23}$")
+_GUIDE = re.compile(
+    r"(?i).+[_\-.: |](?:sg|grna|sgrna|crrna|guide)(?:[_\-. ]?\d+)?$|.+[_\-.: |][ACGT]{17,23}$"
+)
 _GUIDE_OF_GENE = re.compile(r"(?i)(.+)[_\-.: |](?:g\d+|(?:P\d)+)$")
 
 
@@ -77,7 +79,9 @@ def why_no_gene(name: str, resolver: SymbolResolver) -> str:
     of_gene = _GUIDE_OF_GENE.fullmatch(name)
     start = GUIDE_START.sub("", name)
     bare = [] if start == name else [start, GUIDE_ENDING.sub("", start)]
-    if _GUIDE.fullmatch(name) or any(known_as(text, resolver) for text in [*bare, *(of_gene.groups() if of_gene else ())]):
+    if _GUIDE.fullmatch(name) or any(
+        known_as(text, resolver) for text in [*bare, *(of_gene.groups() if of_gene else ())]
+    ):
         return "name of a guide"
     return "name of a control guide" if is_control_like(name) else ""
 

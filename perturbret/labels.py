@@ -62,6 +62,9 @@ class LabelRules:
             As `canonical_condition`.
         """
         text = plain(label.decode() if isinstance(label, bytes) else label)
+        if re.fullmatch(r"\d+\.0", text):
+            # A missing value among whole numbers makes all of them fractions.
+            text = text.removesuffix(".0")
         if text in self.target_map:
             return canonical_condition(self.target_map[text], control_label=self.controls)
         if self._names_control(text):
@@ -118,13 +121,18 @@ class LabelRules:
             start = stop
         return joined
 
+    def stripped(self, part: str) -> str:
+        """A target without guide and promoter endings, where the entry asks for that."""
+        if self.strip is True and not self._names_control(part):
+            return strip_guide(part, self._is_name)
+        if isinstance(self.strip, str) and not self._is_name(part):
+            return re.sub(self.strip, "", part)
+        return part
+
     def _target(self, part: str) -> str:
         if part in self.target_map:
             return self.target_map[part]
-        if self.strip is True and not self._names_control(part):
-            part = strip_guide(part, self._is_name)
-        elif self.strip and not self._is_name(part):
-            part = re.sub(self.strip, "", part)
+        part = self.stripped(part)
         part = self.target_map.get(part, part)
         return CTRL if self._names_control(part) else part
 

@@ -45,7 +45,15 @@ _TOKENS = re.compile(r"[^_\-.:|/;,\s()\[\]+&]+")
 _CLONE = re.compile(r"^[A-Za-z0-9]+-\d+[A-Z]+\d+(\.\d+)?$")
 
 # Kinds of spelling, from the least to the most that has to be taken away.
-KINDS = ("case", "characters", "spreadsheet date", "genome prefix", "joined with an id", "guide ending", "part of a name")
+KINDS = (
+    "case",
+    "characters",
+    "spreadsheet date",
+    "genome prefix",
+    "joined with an id",
+    "guide ending",
+    "part of a name",
+)
 
 
 def plain(name: object) -> str:
@@ -118,7 +126,8 @@ def spellings(name: str) -> Iterator[tuple[str, str]]:
     if any(is_ensembl_id(name[a:b]) for a, b in spans) and len(spans) > 1:
         kind = "joined with an id"
     ending = GUIDE_ENDING.sub("", name)
-    for part in dict.fromkeys((ending, GUIDE_START.sub("", name), GUIDE_START.sub("", ending))):
+    modality = re.sub(r"(?<=[A-Z0-9])(?:[ia]|KO|KD|OE)$", "", name)
+    for part in dict.fromkeys((modality, ending, GUIDE_START.sub("", name), GUIDE_START.sub("", ending))):
         if part not in ("", name):
             yield part, "guide ending"
     for length in (3, 2, 1):

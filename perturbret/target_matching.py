@@ -23,7 +23,7 @@ STATUSES = (MATCHED, ABSENT, UNKNOWN)
 
 # Spellings that are the whole name; of the other kinds the candidate is a part of it.
 _WHOLE = ("case", "characters", "spreadsheet date")
-_MADE_UNIQUE = re.compile(r"(.+?)(?:[-.]\d{1,2})+")
+_MADE_UNIQUE = re.compile(r"(.+)[-.]\d{1,2}")
 _NEIGHBOUR = re.compile(r"(?i)(.+?)[-._](?:AS|DT|OT|IT)\d*")
 _OPPOSITE_STRAND = re.compile(r"(.*[a-z].*?)os\d*")
 _IDENTIFIER = r"ENS[A-Z]*G\d+(?:\.\d+)?"
@@ -159,10 +159,10 @@ class _Panel:
                     self.by_gene[gene].add(column)
             similar = known or known_as(name, resolver)
             recased += bool(similar) and not known
-            base = _MADE_UNIQUE.fullmatch(name)
-            if base and not similar and (base[1] in names or resolver.readings(base[1])):
-                self.by_name[base[1]].add(column)
-                for gene in resolver.readings(base[1]):
+            base = "" if similar else _made_unique_from(name, names, resolver)
+            if base:
+                self.by_name[base].add(column)
+                for gene in resolver.readings(base):
                     self.by_gene[gene].add(column)
             self._add_beside(column, name)
             self._add_spellings(column, name, known)
@@ -182,7 +182,9 @@ class _Panel:
                         self.beside[key].add(column)
 
     def _add_spellings(self, column: int, name: str, known) -> None:
-        for key in dict.fromkeys((name.casefold(), squashed(name).casefold(), *(g.casefold() for g in known))):
+        for key in dict.fromkeys(
+            (name.casefold(), squashed(name).casefold(), *(g.casefold() for g in known))
+        ):
             self.full[key].append((column, "case" if key == name.casefold() else "characters"))
         if known:
             return
@@ -219,12 +221,15 @@ class _Panel:
         hits: dict[int, str] = {}
         if known:
             # Another gene's column is no spelling of a known gene: only names that HGNC does not know can be.
-            for key in (name.casefold(), squashed(name).casefold(), *(gene.casefold() for gene in known)):
+            bare = re.sub(r"[._\- ]", "", name)
+            for key in (name.casefold(), bare.casefold(), *(gene.casefold() for gene in known)):
                 for column, kind in self.parts.get(key, ()):
                     hits.setdefault(column, kind)
         else:
             for candidate, kind in spellings(name):
-                if kind not in _WHOLE and not (self._approved(candidate) or candidate.casefold() in self.full):
+                if kind not in _WHOLE and not (
+                    self._approved(candidate) or candidate.casefold() in self.full
+                ):
                     continue
                 for key in {candidate.casefold(): 0, **dict.fromkeys(self._keys(candidate))}:
                     for index in (self.full, self.parts):
@@ -268,6 +273,15 @@ class _Panel:
             return self._approved(text) or text in self.by_name
 
         return bool(re.search("[A-Za-z]", part)) and is_gene(strip_guide(part, is_gene))
+
+
+def _made_unique_from(name: str, names: set[str], resolver: SymbolResolver) -> str:
+    """The name that a tool made `name` of, to tell it from others: `KLF1-1`, `KLF1.1`, `KLF1-1-1`; or ''."""
+    while found := _MADE_UNIQUE.fullmatch(name):
+        name = found[1]
+        if name in names or resolver.readings(name):
+            return name
+    return ""
 
 
 def symbol_pattern(column: str) -> str:
