@@ -11,7 +11,7 @@ from .gene_columns import columns_left_out
 from .genes import SymbolResolver, is_ensembl_id, strip_version
 from .labels import LabelRules, is_control_like, is_number
 from .registry import Entry, nearest
-from .spelling import plain
+from .spelling import tidy
 
 
 class ScreenError(ValueError):
@@ -124,7 +124,7 @@ def _read_labels(raw: np.ndarray, n_cells: np.ndarray, entry: Entry, audit: dict
     texts = [str(label) for label in raw]
     mapped = entry.target_map if isinstance(entry.target_map, dict) else {}
     parts = {part.strip() for text in texts for part in text.split(entry.combo_delimiter or "\0")}
-    seen = {*texts, *map(plain, texts), *parts}
+    seen = {*texts, *map(tidy, texts), *parts}
     known = {re.sub(r"\.0$", "", name) for name in seen}
     for key, names in (("drop_labels", entry.drop_labels), ("target_map", mapped)):
         stripped = {rules.stripped(part) for part in parts} if key == "target_map" else set()
@@ -269,7 +269,7 @@ def read_genes(var: pd.DataFrame, entry: Entry, audit: dict, resolver: SymbolRes
             f"{entry.name}: gene_symbol_key: expected a column {entry.gene_symbol_key!r} in var; "
             f"{nearest(entry.gene_symbol_key, list(var.columns))}"
         )
-    symbols = np.array([plain(symbol) for symbol in symbols], dtype=object)
+    symbols = np.array([tidy(symbol) for symbol in symbols], dtype=object)
     empty = (symbols == "") | (symbols == "nan")
     symbols[empty] = raw[empty]
     if entry.gene_symbol_pattern is not None:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from .genes import SymbolResolver
 from .labels import is_control_like
-from .spelling import GUIDE_ENDING, GUIDE_START, known_as, plain
+from .spelling import GUIDE_ENDING, GUIDE_START, known_as, tidy
 
 _TYPE_COLUMNS = ("feature_types", "feature_type", "features_type")
 # As 10x, and converters of its files, name expression.
@@ -66,7 +66,7 @@ def columns_left_out(
 
 def why_no_gene(name: str, resolver: SymbolResolver) -> str:
     """Why a column of this name is no gene's, or '' where nothing speaks against it."""
-    name = plain(name)
+    name = tidy(name)
     if resolver.approved(name):
         return ""
     parts = {part.casefold() for part in re.split(r"[^0-9A-Za-z]+", name) if part}

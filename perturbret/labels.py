@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .conditions import CTRL, JOIN, canonical_condition, control_names
 from .genes import SymbolResolver
-from .spelling import GUIDE_ENDING, GUIDE_START, known_as, plain, strip_guide
+from .spelling import GUIDE_ENDING, GUIDE_START, known_as, strip_guide, tidy
 
 # Whole labels, case ignored, that say that no perturbation was found, or no single one.
 _NO_LABEL = set(
@@ -61,7 +61,7 @@ class LabelRules:
         ValueError
             As `canonical_condition`.
         """
-        text = plain(label.decode() if isinstance(label, bytes) else label)
+        text = tidy(label.decode() if isinstance(label, bytes) else label)
         if re.fullmatch(r"\d+\.0", text):
             # A missing value among whole numbers makes all of them fractions.
             text = text.removesuffix(".0")
@@ -82,7 +82,7 @@ class LabelRules:
 
     def dropped(self, label: object) -> bool:
         """Whether the entry leaves cells of this label out by name."""
-        return str(label) in self.drop or plain(label) in self.drop
+        return str(label) in self.drop or tidy(label) in self.drop
 
     def is_gene(self, name: str) -> bool:
         """Whether `name` is an approved symbol or a column of the screen."""
@@ -149,5 +149,5 @@ def is_control_like(name: str, is_gene: Callable[[str], bool] = lambda name: Fal
     """
     if is_gene(name) and name.upper() not in _ALSO_SAFE_HARBOURS:
         return False
-    short = GUIDE_ENDING.sub("", GUIDE_START.sub("", plain(name)))
+    short = GUIDE_ENDING.sub("", GUIDE_START.sub("", tidy(name)))
     return any(_CONTROL.fullmatch(re.sub(r"[^0-9a-z]", "", text.casefold())) for text in (name, short))

@@ -284,8 +284,8 @@ def _names_and_maps(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name_list(where: str, key: str, names: object, *, also: str = "", example: str = "a") -> tuple[str, ...]:
     """A list of names; numbers in it are taken as they are written."""
-    plain = isinstance(names, list | tuple) and names
-    if not plain or not all(
+    listed = isinstance(names, list | tuple) and names
+    if not listed or not all(
         isinstance(name, str | int | float) and not isinstance(name, bool) for name in names
     ):
         raise EntryError(f"{where}: {key}: expected {also}a list of names, as [{example}, b], got {names!r}")

@@ -56,7 +56,7 @@ KINDS = (
 )
 
 
-def plain(name: object) -> str:
+def tidy(name: object) -> str:
     """`name` with ordinary dashes and blanks, nothing invisible, and no blanks around it."""
     return " ".join(str(name).translate(_LOOKALIKES).split(" ")).strip()
 
@@ -105,7 +105,7 @@ def spellings(name: str) -> Iterator[tuple[str, str]]:
     Candidates of the kinds `guide ending`, `genome prefix`, `joined with an id` and `part of a name` are parts of
     the name, hence worth something only where they are the approved symbol of a gene or a column of their own.
     """
-    name = plain(name)
+    name = tidy(name)
     yield name, "case"
     greek = name.translate(_GREEK)
     for other in dict.fromkeys((greek, re.sub(r"[._ ]", "-", greek), squashed(greek))):
@@ -145,7 +145,7 @@ def spellings(name: str) -> Iterator[tuple[str, str]]:
 def date_symbols(name: str) -> list[str]:
     """Symbols that a spreadsheet turns into the date `name`: `1-Mar` may have been MARCH1 or MARC1."""
     for form in _DATES:
-        match = form.fullmatch(plain(name).upper())
+        match = form.fullmatch(tidy(name).upper())
         if match is None:
             continue
         found = match.groupdict()

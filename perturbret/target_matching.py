@@ -40,7 +40,8 @@ class TargetMatches:
     table : list of dict
         One row per target, in name order, JSON-able: `target`; `status`, one of `STATUSES`; `columns`, of its own;
         `also_masked`, beside it or of a similar name; `nearest`, the column of the nearest name where it has no
-        column of its own; `suggestion`, the line of the dataset's entry that settles it; `conditions`, how many.
+        column of its own; `suggestion`, the line of the dataset's entry that settles it; `conditions`, how many target
+        it: none, where it is a gene of `extra` only.
     """
 
     columns: dict[str, np.ndarray]
@@ -78,9 +79,9 @@ def match_targets(
         condition: (*targets(condition), *map(str, extra.get(condition, ())))
         for condition in sorted({str(condition) for condition in conditions} - {CTRL})
     }
-    uses: dict[str, int] = defaultdict(int)
-    for found in names.values():
-        for name in found:
+    uses = dict.fromkeys((name for found in names.values() for name in found), 0)
+    for condition in names:
+        for name in targets(condition):
             uses[name] += 1
     rows = {name: panel.row(name) for name in sorted(uses)}
     columns = {
@@ -104,7 +105,9 @@ def match_targets(
 
 def count_statuses(table: Sequence[Mapping]) -> dict[str, int]:
     """How many targets have each of `STATUSES`."""
-    return {status: sum(row["status"] == status for row in table) for status in STATUSES}
+    return {
+        status: sum(row["status"] == status and row["conditions"] > 0 for row in table) for status in STATUSES
+    }
 
 
 def unsettled(table: Sequence[Mapping], accepted: str | Sequence[str] = ()) -> list[Mapping]:
