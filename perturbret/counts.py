@@ -123,7 +123,12 @@ def scaled_counts(counts: csr_matrix) -> str:
     # In counts of one depth, the share of ones differs between cells by chance alone: at most by 0.11 of 20 genes.
     uneven = np.std(ones[sizes >= 20]) > 0.15 if (sizes >= 20).sum() >= _FEW_CELLS else False
     by_chance = np.sqrt(middle)
-    if spread < 0.5 * by_chance or uneven or (middle >= 2000 and spread > 4.5 * by_chance):
+    # The spread of n cells is known within 1.2 / sqrt(n) of itself.
+    if (
+        spread < (1 - 4 / np.sqrt(len(sums))) * by_chance
+        or uneven
+        or (middle >= 2000 and spread > 4.5 * by_chance)
+    ):
         return (
             f"cells have nearly the same total, {middle:g} with a spread of {spread / middle:.1%}; cells differ by 30% "
             "and more unless they are scaled to one total"

@@ -39,10 +39,11 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
         `suspicious_labels` (rows of label, condition, n_cells, why); `unassigned_guides`. Columns: `genes_before`,
         `genes_after`, `columns_left_out` (symbol: why it is no gene), `duplicate_genes` (symbol: columns summed),
         `genes_without_symbol`. Targets: `labels_are_names` (no genes: the entry has no combo_delimiter), else
-        `unmeasured_targets` (that the entry states) and `targets` (rows of `perturbret.target_matching.TargetMatches.table`). Conditions: `n_raw_labels`; of the cells
-        that are kept `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels,
-        those of controls included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions`
-        (condition: cells). `obsm_left_out` (name: reason).
+        `unmeasured_targets` (that the entry states) and `targets` (rows of
+        `perturbret.target_matching.TargetMatches.table`). Conditions: `n_raw_labels`; of the cells that are kept
+        `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls
+        included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells).
+        `obsm_left_out` (name: reason).
 
     Raises
     ------
