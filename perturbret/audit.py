@@ -5,8 +5,11 @@ import pandas as pd
 
 from .conditions import CTRL, targets
 from .genes import SymbolResolver
-from .masking import target_columns
 from .screen import Screen
+from .target_matching import ABSENT, MATCHED, STATUSES, UNKNOWN, count_statuses, match_targets, unsettled
+from .wording import bullets, plain
+
+_LISTED = 12
 
 
 def overview(screen: Screen) -> pd.DataFrame:
@@ -53,11 +56,31 @@ def label_tables(screen: Screen) -> dict[str, pd.DataFrame]:
     """Tables of the audit: merged labels, dropped conditions and the like, those that are not empty."""
     tables = {}
     for name, value in screen.audit.items():
+        if name == "targets":
+            continue
         if value and isinstance(value, list) and isinstance(value[0], dict):
             tables[name.replace("_", " ")] = pd.DataFrame(value)
         elif value and isinstance(value, dict) and name != "counts":
             tables[name.replace("_", " ")] = pd.DataFrame({"value": pd.Series(value)})
     return tables
+
+
+def target_rows(screen: Screen) -> list[dict]:
+    """One row per target, as `perturbret.target_matching.TargetMatches.table`; none where labels are no genes."""
+    if screen.audit.get("labels_are_names"):
+        return []
+    if "targets" in screen.audit:
+        return list(screen.audit["targets"])
+    resolver = SymbolResolver.from_package()
+    extra = screen.extra_masked_genes
+    return match_targets(screen.conditions, screen.genes, resolver=resolver, extra=extra).table
+
+
+def target_names(screen: Screen) -> pd.DataFrame:
+    """Targets that have no column, or more masked than their own: all columns of `target_rows`, lists as text."""
+    rows = [row for row in target_rows(screen) if row["status"] != MATCHED or row["also_masked"]]
+    texts = [{key: ", ".join(v) if isinstance(v, list) else v for key, v in row.items()} for row in rows]
+    return pd.DataFrame(texts)
 
 
 def target_table(screen: Screen) -> pd.DataFrame:
@@ -66,28 +89,29 @@ def target_table(screen: Screen) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per condition: n_cells, targets, measured (panel names), not_measured, umis_per_cell of the
-        measured targets in the condition's own cells and in controls.
+        One row per condition: n_cells; measured, the panel names that masks take out; not_measured, known genes;
+        unknown, names that HGNC does not know and that have no column; umis_per_cell of what is masked in the
+        condition's own cells and in controls.
     """
-    resolver = SymbolResolver.from_package()
-    columns = target_columns(
-        screen.conditions, screen.genes, resolver=resolver, extra=screen.extra_masked_genes
-    )
+    status = {row["target"]: row["status"] for row in target_rows(screen)}
     labels = screen.obs["condition"].to_numpy(str)
-    panel = set(map(str, screen.genes))
     by_column = screen.counts.tocsc()
     rows = []
     for condition in screen.conditions:
         own, control = labels == condition, labels == CTRL
-        found = columns.get(condition, np.empty(0, int))
+        found = screen.target_columns[condition]
         part = by_column[:, found] if len(found) else None
-        absent = [gene for gene in targets(condition) if resolver.resolve(gene, panel) is None]
+
+        def listed(kind, condition=condition):
+            return ", ".join(gene for gene in targets(condition) if status.get(gene) == kind)
+
         rows.append(
             {
                 "condition": condition,
                 "n_cells": int(own.sum()),
                 "measured": ", ".join(map(str, screen.genes[found])),
-                "not_measured": ", ".join(absent),
+                "not_measured": listed(ABSENT),
+                "unknown": listed(UNKNOWN),
                 "umis_own_cells": float(part[own].sum() / own.sum()) if part is not None else np.nan,
                 "umis_controls": float(part[control].sum() / control.sum())
                 if part is not None and control.any()
@@ -95,6 +119,79 @@ def target_table(screen: Screen) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def targets_findings(screen: Screen) -> list[str]:
+    """What masks can take out, and what may slip past them: Markdown sentences for the first screenful.
+
+    Labels are escaped. Empty where labels are no genes.
+    """
+    rows = target_rows(screen)
+    if not rows:
+        return []
+    n = count_statuses(rows)
+    lines = [
+        f"Targets: {', '.join(f'{n[status]} {status}' for status in STATUSES)}."
+        + ("" if n[MATCHED] else " No target is in the panel: masks take out nothing of a target's own.")
+    ]
+    accepted = screen.audit.get("unmeasured_targets") or ()
+    loose = unsettled(rows, accepted)
+    if loose:
+        names = {row["target"] for row in loose}
+        hit = [condition for condition in screen.conditions if names & set(targets(condition))]
+        said = "; ".join(_unsettled_name(row) for row in loose[:_LISTED])
+        lines.append(
+            f"**Warning:** {len(hit)} of {len(screen.conditions)} conditions have a target that is neither matched "
+            f"to a column nor known to be unmeasured, so a mask may miss it: {said}{_more(loose)}. Conditions: "
+            f"{_names(hit)}. No mask is free of leaks for them until `target_map` or `unmeasured_targets` in the "
+            "dataset's YAML settles it."
+        )
+    taken = [row["target"] for row in unsettled(rows) if row not in loose]
+    if taken:
+        lines.append(f"Not measured, as the dataset's YAML states: {_names(taken)}.")
+    beside = [f"{plain(name)} ({plain(row['target'])})" for row in rows for name in row["also_masked"]]
+    if beside:
+        lines.append(
+            "Masked with targets, since they lie beside one or have a similar name: "
+            f"{', '.join(beside[:_LISTED])}{_more(beside)}."
+        )
+    left_out = screen.audit.get("columns_left_out", {})
+    if left_out:
+        lines.append(
+            f"{len(left_out)} columns are left out, since they are no genes: {_names(list(left_out))}."
+        )
+    return lines
+
+
+def label_findings(screen: Screen) -> list[str]:
+    """Cells that were left out by their label, and labels to look at: Markdown sentences, labels escaped."""
+    lines = []
+    for key, what in (
+        ("unlabelled_labels", "cells are left out, since their label names no perturbation"),
+        ("dropped_labels", "cells are left out, as the dataset's entry says"),
+    ):
+        held = screen.audit.get(key, {})
+        if held:
+            counted = [f"{plain(label) or 'blank'} {cells:,}" for label, cells in held.items()]
+            lines.append(f"{sum(held.values()):,} {what}: {', '.join(counted[:_LISTED])}{_more(counted)}.")
+    suspicious = screen.audit.get("suspicious_labels", [])
+    if suspicious:
+        said = [f"{plain(row['label'])} ({row['n_cells']:,} cells; {row['why']})" for row in suspicious]
+        lines.append(f"**Look at these labels:** {'; '.join(said[:_LISTED])}{_more(said)}.")
+    return lines
+
+
+def _unsettled_name(row: dict) -> str:
+    near = f"nearest column {plain(row['nearest'])}" if row["nearest"] else "no column of a similar name"
+    return f"{plain(row['target'])} ({near})"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(map(plain, names[:_LISTED])) + _more(names)
+
+
+def _more(items: list) -> str:
+    return f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
 
 
 def batch_table(screen: Screen) -> pd.DataFrame | None:
@@ -115,7 +212,7 @@ def findings(screen: Screen) -> str:
         f"{1 / len(table):.1%}.",
         f"{measured} of {len(table)} conditions have a measured target. "
         + (
-            "Masking each cell's own targets would tell these conditions by their zeros, so the leak-free mask "
+            "Masking each cell's own targets would tell these conditions by their zeros, so the default mask "
             "removes all targets from all cells."
             if measured
             else "No target is in the panel: masks change nothing here."
@@ -128,7 +225,7 @@ def findings(screen: Screen) -> str:
         lines.append(
             f"Without merging label variants there would have been {merged} classes instead of {kept}."
         )
-    return "\n".join(f"- {line}" for line in lines)
+    return bullets(lines)
 
 
 def _batch_finding(screen: Screen) -> str:

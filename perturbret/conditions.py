@@ -9,7 +9,9 @@ CTRL = "ctrl"
 JOIN = "+"
 
 
-def canonical_condition(label: object, *, control_label: str | None, delimiter: str | None = JOIN) -> str:
+def canonical_condition(
+    label: object, *, control_label: str | Sequence[str] | None, delimiter: str | None = JOIN
+) -> str:
     """The one name of the condition that `label` spells.
 
     Gene symbols are stripped, sorted and joined by `+`; a control that pads a single (`A+ctrl`, `ctrl+A`)
@@ -21,9 +23,9 @@ def canonical_condition(label: object, *, control_label: str | None, delimiter: 
     ----------
     label : object
         As it stands in the source, usually a str.
-    control_label : str or None
-        How the source names its controls; may hold the delimiter (`non_targeting` with `_`). None: the source
-        has no name of its own for them.
+    control_label : str, sequence of str or None
+        What the source calls its controls; a name may hold the delimiter (`non_targeting` with `_`). None: the
+        source has no name of its own for them.
     delimiter : str or None, default "+"
         What stands between the genes of a combination. None: labels are no gene combinations (cell types,
         say); each is kept whole, its `+` written as the superscript `⁺` (`CD34⁺`), to stay one target.
@@ -49,8 +51,8 @@ def canonical_condition(label: object, *, control_label: str | None, delimiter: 
     if label is None or label is pd.NA or label is pd.NaT or (isinstance(label, float) and np.isnan(label)):
         raise ValueError(f"condition: expected a label, got the missing value {label!r}")
     text = str(label).strip()
-    control = None if control_label is None else str(control_label).strip()
-    if _is_control(text, control):
+    controls = control_names(control_label)
+    if _is_control(text, controls):
         return CTRL
     if delimiter is None:
         if not text:
@@ -58,13 +60,14 @@ def canonical_condition(label: object, *, control_label: str | None, delimiter: 
         return text.replace(JOIN, "⁺")
 
     parts = [part.strip() for part in text.split(delimiter)]
-    if control and delimiter in control:
-        parts = _join_controls(parts, [part.strip().casefold() for part in control.split(delimiter)])
+    for control in controls:
+        if delimiter in control:
+            parts = _join_controls(parts, [part.strip().casefold() for part in control.split(delimiter)])
     genes = set()
     for position, part in enumerate(parts, start=1):
         if not part:
             raise ValueError(f"condition {label!r}: empty gene symbol at position {position}")
-        if _is_control(part, control):
+        if _is_control(part, controls):
             continue
         if JOIN in part:
             raise ValueError(
@@ -76,7 +79,7 @@ def canonical_condition(label: object, *, control_label: str | None, delimiter: 
 
 
 def canonical_conditions(
-    labels: Sequence, *, control_label: str | None, delimiter: str | None = JOIN
+    labels: Sequence, *, control_label: str | Sequence[str] | None, delimiter: str | None = JOIN
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Canonical names of many labels, and what was merged on the way.
 
@@ -132,8 +135,14 @@ def shared_targets(a: str, b: str) -> bool:
     return not set(targets(a)).isdisjoint(targets(b))
 
 
-def _is_control(text: str, control: str | None) -> bool:
-    return text == CTRL or (bool(control) and text.casefold() == control.casefold())
+def control_names(control_label: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names in an entry's `control_label`: none, one or several."""
+    names = (control_label,) if isinstance(control_label, str) else control_label or ()
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _is_control(text: str, controls: Sequence[str]) -> bool:
+    return text == CTRL or any(text.casefold() == control.casefold() for control in controls)
 
 
 def _join_controls(parts: list[str], control: list[str]) -> list[str]:

@@ -11,6 +11,9 @@ EXACT_LIMIT = 2**24
 # Rows per block: a block of 8,192 cells with 5,000 expressed genes each needs 0.5 GB of temporaries.
 _ROWS = 8192
 
+# Fewer cells tell nothing about how counts are spread.
+_FEW_CELLS = 20
+
 # Largest count tried for the smallest nonzero value of a cell.
 _MAX_SMALLEST = 64
 
@@ -78,6 +81,59 @@ def check_counts(matrix: csr_matrix, *, name: str, cells: np.ndarray, genes: np.
     checked.sum_duplicates()
     checked.eliminate_zeros()
     return checked
+
+
+def scaled_counts(counts: csr_matrix) -> str:
+    """Why whole numbers look like normalised counts that were rounded; '' where they look like counts.
+
+    Two traces are looked for. Cells whose counts were multiplied by 1.5 or more lack whole numbers between the
+    multiples: the one above their smallest value never occurs. And cells that were brought to one total differ less
+    in it than cells do: by less than chance alone allows, or by little although they differ much otherwise. The
+    totals of cells in droplets are spread by 30% and more, those of rounded values by 0.2 to 10% (measured on six
+    public data sets). Totals that are equal in most cells are those of counts drawn down to one depth, which stay
+    counts.
+
+    Parameters
+    ----------
+    counts : csr_matrix, shape (n_cells, n_genes)
+        Whole numbers, no explicit zeros.
+    """
+    filled = np.flatnonzero(np.diff(counts.indptr))
+    if len(filled) < _FEW_CELLS:
+        return ""
+    starts, sizes = counts.indptr[filled], np.diff(counts.indptr)[filled]
+    smallest = np.minimum.reduceat(counts.data, starts)
+    least = np.repeat(smallest, sizes)
+    at_smallest = np.add.reduceat((counts.data == least).astype(int), starts)
+    above = np.add.reduceat((counts.data == least + 1).astype(int), starts)
+    telling = at_smallest >= 3
+    gaps = telling & (smallest > 1) & (above == 0)
+    if telling.sum() >= _FEW_CELLS and gaps.sum() > 0.2 * telling.sum():
+        return (
+            f"in {int(gaps.sum())} of {int(telling.sum())} cells the smallest value is 2 or more and the next whole "
+            "number never occurs, as in multiples of a scale"
+        )
+    sums = np.add.reduceat(counts.data, starts, dtype=np.float64)
+    middle = np.median(sums)
+    # Of the middle half, so that a few odd cells do not hide the others; 1.349 standard deviations of a normal.
+    spread = (np.quantile(sums, 0.75) - np.quantile(sums, 0.25)) / 1.349
+    if middle < 100 or np.mean(sums == middle) > 0.5 or spread > 0.12 * middle:
+        return ""
+    ones = np.add.reduceat((counts.data == 1).astype(int), starts) / sizes
+    # In counts of one depth, the share of ones differs between cells by chance alone: at most by 0.11 of 20 genes.
+    uneven = np.std(ones[sizes >= 20]) > 0.15 if (sizes >= 20).sum() >= _FEW_CELLS else False
+    by_chance = np.sqrt(middle)
+    # The spread of n cells is known within 1.2 / sqrt(n) of itself.
+    if (
+        spread < (1 - 4 / np.sqrt(len(sums))) * by_chance
+        or uneven
+        or (middle >= 2000 and spread > 4.5 * by_chance)
+    ):
+        return (
+            f"cells have nearly the same total, {middle:g} with a spread of {spread / middle:.1%}; cells differ by 30% "
+            "and more unless they are scaled to one total"
+        )
+    return ""
 
 
 @dataclass(frozen=True)

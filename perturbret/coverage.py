@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .audit import target_rows
 from .conditions import targets
 from .genes import SymbolResolver
-from .masking import target_columns
 from .runs import write_table
 from .screen import Screen
+from .target_matching import ABSENT, UNKNOWN
 from .vocabulary import LINKS, GeneTokens, Vocabulary, map_genes
 from .wording import from_to, percent
 
@@ -32,7 +33,8 @@ class Coverage:
     genes : DataFrame, one row per gene of the panel, in its order
         The mapping's table with `umis` (sum over cells), `hvg` and `target` (of some condition).
     targets : DataFrame, one row per target of any condition
-        The mapping's columns for its name, with `measured` (names in the panel) and `n_conditions`.
+        The mapping's columns for its name, with `measured` (names in the panel), `status`
+        (`perturbret.target_matching.STATUSES`; "" where labels are no genes) and `n_conditions`.
     conditions : DataFrame, one row per condition
         `n_cells`; `without_token`, targets that have none; `umi_share_before`, `umi_share_after`, of its cells;
         `affected`: a target has no token, or the share after mapping is below `WARN_BELOW`.
@@ -72,9 +74,8 @@ def measure_coverage(
     """
     resolver = SymbolResolver.from_package() if resolver is None else resolver
     mapping = map_genes(screen.genes, vocabulary, resolver=resolver)
-    columns = target_columns(screen.conditions, screen.genes, resolver=resolver)
     is_target = np.zeros(screen.n_genes, dtype=bool)
-    is_target[[column for found in columns.values() for column in found]] = True
+    is_target[[column for found in screen.target_columns.values() for column in found]] = True
     genes = mapping.table.assign(
         umis=np.asarray(screen.counts.sum(axis=0, dtype=np.float64)).ravel(),
         hvg=highly_variable(screen, n_hvg),
@@ -177,10 +178,11 @@ def _targets(screen: Screen, vocabulary: Vocabulary, resolver: SymbolResolver) -
     """One row per target; see `Coverage`."""
     of = {condition: targets(condition) for condition in screen.conditions}
     names = sorted({name for found in of.values() for name in found})
-    columns = target_columns(names, screen.genes, resolver=resolver)
+    rows = {row["target"]: row for row in target_rows(screen)}
     table = map_genes(names, vocabulary, resolver=resolver).table.rename(columns={"gene": "target"})
     return table.assign(
-        measured=[", ".join(map(str, screen.genes[columns[name]])) for name in names],
+        measured=[", ".join(rows[name]["columns"]) if name in rows else "" for name in names],
+        status=[rows[name]["status"] if name in rows else "" for name in names],
         n_conditions=[sum(name in found for found in of.values()) for name in names],
     )
 
@@ -249,6 +251,8 @@ def _target_line(coverage: Coverage, named) -> str:
     if named.n == 0:
         return "The screen names no targets."
     text = f"{named.before:,} → {named.after:,} of {named.n:,} targets have a token; the panel measures {measured}"
+    for status, what in ((ABSENT, "known but not measured"), (UNKNOWN, "unknown to HGNC")):
+        text += f", {int((coverage.targets['status'] == status).sum())} are {what}"
     umis = from_to(named.umi_share_before, named.umi_share_after)
     return f"{text} (of their UMIs {umis})." if named.umis else f"{text}."
 

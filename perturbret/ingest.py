@@ -7,13 +7,17 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from .annotations import ScreenError, read_cells, read_genes
-from .conditions import CTRL, canonical_condition, canonical_conditions
-from .counts import CountsError, check_counts, recover
+from .annotations import GeneColumns, ScreenError, read_cells, read_genes
+from .conditions import CTRL, JOIN, canonical_condition, control_names, targets
+from .counts import CountsError, check_counts, recover, scaled_counts
 from .download import sha256_of
+from .genes import SymbolResolver
 from .h5ad import Source, read_rows
+from .labels import LabelRules
 from .registry import Entry, nearest
 from .screen import Screen
+from .spelling import known_as
+from .target_matching import MATCHED, UNKNOWN, TargetMatches, count_statuses, match_targets, unsettled
 
 
 def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
@@ -29,19 +33,24 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     Returns
     -------
     Screen
-        With `audit`: `dataset`, `file`, `sha256`, `url`, `citation`, `license`; `counts` (evidence that they are
-        counts), `totals` (where they are from); `cells_before`, `cells_in_subset`, `unlabelled_cells`,
-        `empty_cells` (both dropped), `cells_after`; `genes_before`, `genes_after`, `duplicate_genes` (symbol:
-        columns summed), `genes_without_symbol`; `n_raw_labels`; of the cells that are kept `merged_labels` (rows
-        of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls included) and
-        `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells);
-        `unassigned_guides`; `obsm_left_out` (name: reason).
+        With `audit`. Source: `dataset`, `file`, `sha256`, `url`, `citation`, `license`; `counts` (evidence that they
+        are counts), `totals` (where they are from). Cells: `cells_before`, `cells_in_subset`, `unlabelled_cells`,
+        `empty_cells` (both dropped), `cells_after`; `unlabelled_labels`, `dropped_labels` (label: cells),
+        `suspicious_labels` (rows of label, condition, n_cells, why); `unassigned_guides`. Columns: `genes_before`,
+        `genes_after`, `columns_left_out` (symbol: why it is no gene), `duplicate_genes` (symbol: columns summed),
+        `genes_without_symbol`. Targets: `labels_are_names` (no genes: the entry has no combo_delimiter), else
+        `unmeasured_targets` (that the entry states) and `targets` (rows of
+        `perturbret.target_matching.TargetMatches.table`). Conditions: `n_raw_labels`; of the cells that are kept
+        `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls
+        included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells).
+        `obsm_left_out` (name: reason).
 
     Raises
     ------
     ScreenError
         A column that the entry names is missing or unusable, cell names repeat, gene symbols are missing, the
-        control label does not occur, fewer than two conditions are left.
+        control label does not occur, fewer than two conditions are left; labels are numbers, or name controls that
+        the entry does not; targets cannot be told from genes that are not measured.
     CountsError
         The values are no counts, or none can be recovered.
     ValueError
@@ -51,21 +60,24 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     if file is not None:
         audit |= {"file": file.name, "sha256": sha256_of(file)}
     audit |= {"url": entry.url, "citation": entry.citation, "license": entry.license}
-    obs, keep = read_cells(source.obs, entry, audit)
-    conditions, _ = canonical_conditions(
-        obs["condition"], control_label=entry.control_label, delimiter=entry.combo_delimiter
-    )
-    if entry.control_label is not None and CTRL not in conditions:
-        found = sorted(set(obs["condition"].astype(str)))
-        raise ScreenError(
-            f"{entry.name}: control_label: expected cells labelled {entry.control_label!r} in "
-            f"obs[{entry.condition_key!r}], found none; {nearest(entry.control_label, found)}"
-        )
+    resolver = SymbolResolver.from_package()
     layer = _layer(source, entry)
-    audit["n_raw_labels"] = int(obs["condition"].nunique())
-    genes, raw_genes = read_genes(source.raw_var if layer == "raw" else source.var, entry, audit)
-    counts = _counts(source, layer, entry, keep, obs, raw_genes, audit)
-    counts, genes = _sum_duplicates(counts, genes, entry, audit)
+    columns = read_genes(source.raw_var if layer == "raw" else source.var, entry, audit, resolver)
+    rules = LabelRules(
+        controls=entry.control_label,
+        delimiter=entry.combo_delimiter,
+        target_map=entry.target_map if isinstance(entry.target_map, dict) else {},
+        strip=entry.strip_guide_suffix,
+        drop=entry.drop_labels,
+        columns=frozenset(map(str, columns.symbols)),
+        resolver=resolver,
+    )
+    obs, keep = read_cells(source.obs, entry, audit, rules)
+    _check_controls(obs, entry)
+    audit["n_raw_labels"] = int(obs["label"].nunique())
+    counts = _counts(source, layer, entry, keep, obs, columns, audit)
+    counts, genes, identifiers = _sum_duplicates(counts, columns, entry, audit)
+    conditions = _nearest_names(obs["condition"].to_numpy(str), genes, identifiers, entry, resolver)
 
     filled = np.diff(counts.indptr) > 0
     audit["empty_cells"] = int((~filled).sum())
@@ -79,11 +91,14 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
             f"{entry.name}: expected at least two conditions with {entry.min_cells} cells or more, got "
             f"{left or 'none'}; dropped as too small (condition: cells): {small or 'none'}"
         )
-    _audit_labels(obs["condition"].iloc[chosen], entry, audit)
+    _audit_labels(obs["label"].iloc[chosen], conditions[chosen], audit)
+    extra = _extra_masked(entry, rules, conditions, left)
+    matches = match_targets(left, genes, resolver=resolver, extra=extra, identifiers=identifiers)
+    _check_targets(matches, genes, identifiers, entry, audit, resolver)
 
     if len(chosen) < counts.shape[0]:
         counts = counts[chosen]
-    obs = obs.iloc[chosen].copy()
+    obs = obs.iloc[chosen].drop(columns="label")
     obs["condition"] = conditions[chosen].astype(object)
     row_sums = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     obs["total"] = _totals(obs, row_sums, entry, audit)
@@ -94,8 +109,128 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
         genes=genes,
         obs=obs,
         obsm=_obsm(source, np.flatnonzero(keep)[chosen], audit),
-        extra_masked_genes=_extra_masked(entry, conditions, left),
+        extra_masked_genes=extra,
+        target_columns=matches.columns,
         audit=audit,
+    )
+
+
+def _check_controls(obs: pd.DataFrame, entry: Entry) -> None:
+    found = sorted(set(obs["label"].astype(str)))
+    for name in control_names(entry.control_label):
+        parts = {
+            part.strip().casefold() for label in found for part in label.split(entry.combo_delimiter or "\0")
+        }
+        held = {label.strip().casefold() for label in found} | parts
+        if len(control_names(entry.control_label)) > 1 and name.casefold() not in held:
+            raise ScreenError(
+                f"{entry.name}: control_label: expected cells labelled {name!r} in obs[{entry.condition_key!r}], "
+                f"found none; {nearest(name, found)}"
+            )
+    if entry.control_label is not None and CTRL not in set(obs["condition"]):
+        raise ScreenError(
+            f"{entry.name}: control_label: expected cells labelled {entry.control_label!r} in "
+            f"obs[{entry.condition_key!r}], found none; {nearest(str(entry.control_label), found)}; "
+            "strip_guide_suffix: true takes guides' numbers off labels"
+        )
+
+
+def _nearest_names(conditions, genes, identifiers, entry: Entry, resolver) -> np.ndarray:
+    """Conditions with the names of the columns that are nearest, where the entry takes those."""
+    if entry.target_map != "nearest":
+        return conditions
+    table = match_targets(set(conditions), genes, resolver=resolver, identifiers=identifiers).table
+    names = {row["target"]: row["nearest"] for row in table if row["nearest"]}
+    renamed = {
+        condition: canonical_condition(
+            JOIN.join(names.get(name, name) for name in targets(condition)) or CTRL, control_label=None
+        )
+        for condition in set(conditions)
+    }
+    return np.array([renamed[condition] for condition in conditions])
+
+
+def _check_targets(
+    matches: TargetMatches, genes, identifiers, entry: Entry, audit: dict, resolver: SymbolResolver
+) -> None:
+    """Put the matches on record; refuse where a mask may miss targets that are measured.
+
+    Raises
+    ------
+    ScreenError
+        Names what was found, the nearest columns and the keys of the entry that settle it.
+    """
+    table, n = matches.table, len(matches.table)
+    audit["labels_are_names"] = entry.combo_delimiter is None
+    if entry.combo_delimiter is None:
+        named = [row["target"] for row in table if row["status"] != UNKNOWN]
+        if len(named) > n / 2 and entry.unmeasured_targets != "accept":
+            raise ScreenError(
+                f"{entry.name}: combo_delimiter: null says that labels are names such as cell types, but {len(named)} "
+                f"of {n} are symbols of genes ({', '.join(named[:5])}), which only a mask keeps from giving the "
+                'condition away: leave the key out, or set it to what separates combined genes, such as "+"'
+            )
+        return
+    audit["targets"] = table
+    unmeasured = entry.unmeasured_targets
+    audit["unmeasured_targets"] = unmeasured if isinstance(unmeasured, str) else list(unmeasured or ())
+    accepted = entry.unmeasured_targets or ()
+    known = {row["target"] for row in table}
+    absent = [] if accepted == "accept" else sorted(set(accepted) - known)
+    if absent and not set(absent) <= set(audit["dropped_conditions"]):
+        raise ScreenError(
+            f"{entry.name}: unmeasured_targets: expected targets of the screen, got {absent[0]!r}; "
+            f"{nearest(absent[0], sorted(known))}"
+        )
+    open_rows = unsettled(table, accepted)
+    near = [row for row in open_rows if row["nearest"]]
+    counted = ", ".join(f"{number} {status}" for status, number in count_statuses(table).items())
+    if near or len(open_rows) > n / 2:
+        rows = near or open_rows
+        shown = "; ".join(
+            f"{row['target']!r}"
+            + (
+                f" (nearest column {row['nearest']!r})"
+                if row["nearest"]
+                else " (no column of a similar name)"
+            )
+            for row in rows[:5]
+        )
+        lines = list(dict.fromkeys(row["suggestion"] for row in rows if row["suggestion"]))
+        raise ScreenError(
+            f"{entry.name}: {len(rows)} of {n} targets have no column of their own, so no mask could take them out: "
+            f"{shown}{' and more' if len(rows) > 5 else ''}. Targets: {counted}. "
+            f"What may settle it in the dataset's YAML: {_remedies(lines, near)}"
+        )
+    matched = sum(row["status"] == MATCHED for row in table)
+    read = sum(
+        bool(known_as(str(gene), resolver)) or any(map(resolver.readings, ids))
+        for gene, ids in zip(genes, identifiers, strict=True)
+    )
+    if matched < n / 2 and read < len(genes) / 2 and accepted != "accept":
+        raise ScreenError(
+            f"{entry.name}: only {read} of {len(genes)} columns have names that HGNC knows "
+            f"({', '.join(genes[:3])}, ...), so nothing tells whether the targets are measured. Targets: {counted}. "
+            "Set gene_symbol_key or gene_symbol_pattern to where the symbols are, or unmeasured_targets: accept"
+        )
+
+
+def _remedies(lines: list[str], near: list) -> str:
+    maps = [
+        line.removeprefix("target_map: {").removesuffix("}")
+        for line in lines
+        if line.startswith("target_map")
+    ]
+    lines = [line for line in lines if not line.startswith("target_map")]
+    if maps:
+        more = ", ..." if len(maps) > 10 else ""
+        lines.append(f"target_map: {{{', '.join(maps[:10])}{more}}}")
+    if near:
+        lines.append("target_map: nearest")
+    elif not maps:
+        lines.append("target_map: {name: SYMBOL}, combo_delimiter, gene_symbol_key")
+    return " or ".join(
+        [*lines, "unmeasured_targets: accept (or a list of targets), if these are truly not measured"]
     )
 
 
@@ -120,14 +255,19 @@ def _ways(source: Source) -> str:
     return f"counts_layer can be {', '.join(sorted(names))}"
 
 
-def _counts(source, layer, entry, keep, obs, genes, audit) -> csr_matrix:
+def _counts(source, layer, entry, keep, obs, columns: GeneColumns, audit) -> csr_matrix:
+    def only_genes(block):
+        return block if columns.keep.all() else block[:, columns.keep]
+
     recovering = (entry.counts_layer or "").startswith("recover")
     matrix, cells = source.matrices[layer], np.full(len(keep), "", object)
     cells[keep] = obs.index
     name = f"{entry.name}: {layer if layer in ('X', 'raw') else f'layers[{layer!r}]'}"
     audit["counts"] = {"layer": layer, "stored_as": str(matrix.dtype), "recovered": recovering}
     if recovering:
-        values = read_rows(matrix, keep, name=name, check=lambda block, rows: _without_zeros(block))
+        values = read_rows(
+            matrix, keep, name=name, check=lambda block, rows: _without_zeros(only_genes(block))
+        )
         totals = obs["total"].to_numpy() if "total" in obs else None
         result = recover(values, totals=totals, name=name)
         audit["counts"] |= result.evidence
@@ -137,10 +277,18 @@ def _counts(source, layer, entry, keep, obs, genes, audit) -> csr_matrix:
             matrix,
             keep,
             name=name,
-            check=lambda block, rows: check_counts(block, name=name, cells=cells[rows], genes=genes),
+            check=lambda block, rows: check_counts(
+                only_genes(block), name=name, cells=cells[rows], genes=columns.names
+            ),
         )
     except CountsError as error:
         raise CountsError(f"{error}; {_ways(source)}") from None
+    scaled = scaled_counts(counts)
+    if scaled and entry.scaled_counts != "accept":
+        raise CountsError(
+            f"{name}: expected UMI counts, got whole numbers that look normalised and then rounded: {scaled}; "
+            f"{_ways(source)}; scaled_counts: accept takes them as they are"
+        )
     audit["counts"] |= {"n_values": int(counts.nnz), "largest_count": float(counts.data.max(initial=0))}
     return counts
 
@@ -152,24 +300,27 @@ def _without_zeros(block: csr_matrix) -> csr_matrix:
     return block
 
 
-def _sum_duplicates(counts, genes, entry, audit) -> tuple[csr_matrix, np.ndarray]:
-    """One column per symbol, at the place of its first one."""
-    codes, unique = pd.factorize(genes)
+def _sum_duplicates(counts, columns: GeneColumns, entry, audit) -> tuple[csr_matrix, np.ndarray, list]:
+    """One column per symbol, at the place of its first one, with the Ensembl ids of all."""
+    codes, unique = pd.factorize(columns.symbols)
     sizes = np.bincount(codes)
     repeated = {str(unique[i]): int(sizes[i]) for i in np.flatnonzero(sizes > 1)}
     audit["duplicate_genes"] = repeated
     if not repeated:
-        return counts, genes.astype(str)
+        return counts, columns.symbols.astype(str), columns.identifiers
     if entry.duplicate_genes == "refuse":
         raise ScreenError(
             f"{entry.name}: expected unique gene symbols, got {len(repeated)} repeated (symbol: columns): "
             f"{dict(list(repeated.items())[:5])}; duplicate_genes: sum would add them up"
         )
-    ones = np.ones(len(genes), np.float32)
-    onto = csr_matrix((ones, (np.arange(len(genes)), codes)), shape=(len(genes), len(unique)))
+    identifiers: list[tuple[str, ...]] = [()] * len(unique)
+    for code, found in zip(codes, columns.identifiers, strict=True):
+        identifiers[code] += found
+    ones, n = np.ones(len(codes), np.float32), len(codes)
+    onto = csr_matrix((ones, (np.arange(n), codes)), shape=(n, len(unique)))
     summed = (counts @ onto).tocsr()
     summed.sort_indices()
-    return summed, np.asarray(unique).astype(str)
+    return summed, np.asarray(unique).astype(str), identifiers
 
 
 def _totals(obs: pd.DataFrame, row_sums: np.ndarray, entry: Entry, audit: dict) -> np.ndarray:
@@ -189,9 +340,11 @@ def _totals(obs: pd.DataFrame, row_sums: np.ndarray, entry: Entry, audit: dict) 
     return totals
 
 
-def _audit_labels(raw: pd.Series, entry: Entry, audit: dict) -> None:
+def _audit_labels(raw: pd.Series, conditions: np.ndarray, audit: dict) -> None:
     """Labels of the cells that are kept: what was merged, and how many classes there would be without it."""
-    _, merged = canonical_conditions(raw, control_label=entry.control_label, delimiter=entry.combo_delimiter)
+    table = pd.DataFrame({"raw": raw.astype(str).to_numpy(), "condition": conditions})
+    table = table.value_counts().rename("n_cells").reset_index()
+    merged = table[table["condition"].duplicated(keep=False)].sort_values(["condition", "raw"])
     audit["merged_labels"] = [
         {"raw": str(row.raw), "condition": str(row.condition), "n_cells": int(row.n_cells)}
         for row in merged.itertuples()
@@ -199,17 +352,17 @@ def _audit_labels(raw: pd.Series, entry: Entry, audit: dict) -> None:
     audit["n_classes_without_merging"] = int(raw.nunique())
 
 
-def _extra_masked(entry: Entry, conditions: np.ndarray, left: list[str]) -> dict[str, tuple[str, ...]]:
+def _extra_masked(
+    entry: Entry, rules: LabelRules, conditions: np.ndarray, left: list[str]
+) -> dict[str, tuple[str, ...]]:
     """The entry's extra genes by canonical condition; a condition that was dropped takes its genes along."""
     known, result = sorted(set(conditions) - {CTRL}), {}
     for label, genes in entry.extra_masked_genes.items():
-        condition = canonical_condition(
-            label, control_label=entry.control_label, delimiter=entry.combo_delimiter
-        )
+        condition = rules.read(label)
         if condition not in known:
             raise ScreenError(
                 f"{entry.name}: extra_masked_genes: expected conditions of the screen, got {label!r}; "
-                f"{nearest(condition, known)}"
+                f"{nearest(str(condition), known)}"
             )
         if condition in left:
             result[condition] = tuple(sorted({*result.get(condition, ()), *genes}))

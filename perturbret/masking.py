@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from .conditions import CTRL, targets
+from .conditions import CTRL
+from .target_matching import match_targets
 
 POLICIES = ("none", "own_targets", "all_targets")
 UNSAFE = ("own_targets",)
@@ -23,12 +24,7 @@ UNSAFE = ("own_targets",)
 def target_columns(
     conditions: Sequence[str], genes: Sequence[str], *, resolver=None, extra: Mapping | None = None
 ) -> dict[str, np.ndarray]:
-    """Measured columns that each condition targets.
-
-    A target stands for every column of its name and, with a resolver, for every column that may name the
-    same gene: by a previous symbol, an alias or an Ensembl id, the target's name or the column's being the
-    old one. A name with several readings stands for all of them: a gene masked for nothing costs little, a
-    target left in place is a leak.
+    """Measured columns that each condition targets; see `perturbret.target_matching.match_targets`.
 
     Parameters
     ----------
@@ -44,31 +40,8 @@ def target_columns(
     -------
     dict of str to ndarray of int
         Sorted unique columns; empty where no target is measured. One key per distinct condition.
-
-    Warns
-    -----
-    UserWarning
-        The resolver has no gene table and a target has no column of its exact name.
     """
-    by_name: dict[str, set[int]] = {}
-    by_gene: dict[str, set[int]] = {}
-    for column, name in enumerate(map(str, genes)):
-        by_name.setdefault(name, set()).add(column)
-        for gene in resolver.readings(name) if resolver else ():
-            by_gene.setdefault(gene, set()).add(column)
-
-    found: dict[str, set[int]] = {}
-    columns = {}
-    for condition in sorted({str(condition) for condition in conditions} - {CTRL}):
-        hit: set[int] = set()
-        for name in (*targets(condition), *map(str, (extra or {}).get(condition, ()))):
-            if name not in found:
-                found[name] = by_name.get(name, set()).union(
-                    *(by_gene.get(gene, ()) for gene in (resolver.readings(name) if resolver else ()))
-                )
-            hit |= found[name]
-        columns[condition] = np.array(sorted(hit), dtype=np.int64)
-    return columns
+    return match_targets(conditions, genes, resolver=resolver, extra=extra).columns
 
 
 def mask_counts(counts: csr_matrix, conditions: Sequence[str], columns: Mapping, policy: str) -> csr_matrix:

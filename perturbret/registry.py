@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 _TEXT_KEYS = (
-    "path url sha256 archive_member package_file condition_key control_label batch_key guide_key total_key "
-    "counts_layer combo_delimiter duplicate_genes gene_symbol_key citation license"
+    "path url sha256 archive_member package_file condition_key batch_key guide_key total_key "
+    "counts_layer combo_delimiter duplicate_genes gene_symbol_key gene_symbol_pattern citation license"
 ).split()
+_NAME_LISTS = ("drop_labels", "keep_columns", "drop_columns")
 _NULLABLE = {"control_label", "combo_delimiter"}
 _SOURCES = {"file": ("path", "url"), "package_file": ("package_file",), "simulate": ("simulate",)}
 
@@ -43,8 +44,18 @@ class Entry:
         Arguments of `perturbret.simulate.simulate_screen`.
     condition_key : str or None
         Column of obs with the perturbation of each cell; required unless simulated.
-    control_label : str or None
-        How the source names its controls; None (written `null`): it has none.
+    control_label : str, tuple of str or None
+        What the source calls its controls; None (written `null`): it has none.
+    drop_labels : tuple of str
+        Labels, as they stand in the file, whose cells are left out.
+    target_map : mapping of label or target to symbol or column; or "nearest"
+        What labels and targets stand for; a label may stand for a combination, written `A+B`. "nearest": every
+        target without a column of its own stands for the column of the nearest name.
+    strip_guide_suffix : bool or str, default False
+        Whether guide and promoter endings are taken off targets (`sgKLF1_1`, `KLF1_P1P2`); a str is the regular
+        expression of what to take off. Names of genes (`HLA-A`, `NKX2-1`) are left alone.
+    unmeasured_targets : "accept", tuple of str or None
+        Targets that have no column, whatever their names resemble; "accept": all without a match.
     batch_key, guide_key, total_key : str or None
         Columns of obs: batch; guide; UMIs of the cell over the whole transcriptome.
     subset : mapping of obs column to value or list of values
@@ -62,6 +73,12 @@ class Entry:
         Masked together with the condition's targets.
     gene_symbol_key : str or None
         Column of var with gene symbols; None: the names of var.
+    gene_symbol_pattern : str or None
+        Regular expression with one group: the symbol within those names, as `^GRCh38_(.+)$`.
+    keep_columns, drop_columns : tuple of str
+        Columns that are genes, or are not, whatever their names and feature types say.
+    scaled_counts : "accept" or None
+        Take whole numbers as counts although they look like normalised counts that were rounded.
     citation, license : str or None
     """
 
@@ -73,7 +90,11 @@ class Entry:
     package_file: str | None = None
     simulate: Mapping[str, Any] | None = None
     condition_key: str | None = None
-    control_label: str | None = None
+    control_label: str | tuple[str, ...] | None = None
+    drop_labels: tuple[str, ...] = ()
+    target_map: Mapping[str, str] | str = field(default_factory=dict)
+    strip_guide_suffix: bool | str = False
+    unmeasured_targets: tuple[str, ...] | str | None = None
     batch_key: str | None = None
     guide_key: str | None = None
     total_key: str | None = None
@@ -84,6 +105,10 @@ class Entry:
     duplicate_genes: str = "sum"
     extra_masked_genes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gene_symbol_key: str | None = None
+    gene_symbol_pattern: str | None = None
+    keep_columns: tuple[str, ...] = ()
+    drop_columns: tuple[str, ...] = ()
+    scaled_counts: str | None = None
     citation: str | None = None
     license: str | None = None
 
@@ -177,6 +202,7 @@ def make_entry(content: Mapping[str, Any], *, where: str = "entry") -> Entry:
         raise EntryError(
             f"{where}: duplicate_genes: expected 'sum' or 'refuse', got {values['duplicate_genes']!r}"
         )
+    values |= _names_and_maps(where, values)
     values["extra_masked_genes"] = {
         condition: _gene_list(where, condition, genes)
         for condition, genes in values.get("extra_masked_genes", {}).items()
@@ -216,6 +242,66 @@ def _check_text(where: str, key: str, values: Mapping[str, Any]) -> None:
     if not isinstance(value, str) or not value.strip():
         quoted = f'; put quotes around it: {key}: "{value}"' if isinstance(value, bool | int | float) else ""
         raise EntryError(f"{where}: {key}: expected text, got {value!r}{quoted}")
+
+
+def _names_and_maps(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry's values that are lists of names, maps or patterns, checked and in their final form."""
+    found: dict[str, Any] = {}
+    for key in _NAME_LISTS:
+        if key in values:
+            found[key] = _name_list(where, key, values[key])
+    control = values.get("control_label")
+    if isinstance(control, list | tuple):
+        found["control_label"] = _name_list(where, "control_label", control)
+    else:
+        _check_text(where, "control_label", values)
+    unmeasured = values.get("unmeasured_targets")
+    if unmeasured is not None and unmeasured != "accept":
+        found["unmeasured_targets"] = _name_list(
+            where, "unmeasured_targets", unmeasured, also="'accept' or ", example="KLF1"
+        )
+    mapped = values.get("target_map", {})
+    if mapped != "nearest":
+        if not isinstance(mapped, Mapping) or not all(
+            isinstance(value, str) and value.strip() for value in mapped.values()
+        ):
+            raise EntryError(
+                f"{where}: target_map: expected a mapping of labels or targets to symbols, or 'nearest', got {mapped!r}"
+            )
+        found["target_map"] = {str(key).strip(): value.strip() for key, value in mapped.items()}
+    strip = values.get("strip_guide_suffix", False)
+    if not isinstance(strip, bool | str):
+        raise EntryError(
+            f"{where}: strip_guide_suffix: expected true, false or a regular expression, got {strip!r}"
+        )
+    for key, groups in (("strip_guide_suffix", None), ("gene_symbol_pattern", 1)):
+        if isinstance(values.get(key), str):
+            _check_pattern(where, key, values[key], groups)
+    if values.get("scaled_counts") not in (None, "accept"):
+        raise EntryError(f"{where}: scaled_counts: expected 'accept', got {values['scaled_counts']!r}")
+    return found
+
+
+def _name_list(where: str, key: str, names: object, *, also: str = "", example: str = "a") -> tuple[str, ...]:
+    """A list of names; numbers in it are taken as they are written."""
+    listed = isinstance(names, list | tuple) and names
+    if not listed or not all(
+        isinstance(name, str | int | float) and not isinstance(name, bool) for name in names
+    ):
+        raise EntryError(f"{where}: {key}: expected {also}a list of names, as [{example}, b], got {names!r}")
+    return tuple(str(name) for name in names)
+
+
+def _check_pattern(where: str, key: str, pattern: str, groups: int | None) -> None:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise EntryError(f"{where}: {key}: expected a regular expression, got {pattern!r}: {error}") from None
+    if groups is not None and compiled.groups != groups:
+        raise EntryError(
+            f"{where}: {key}: expected a regular expression with one group (...), got {pattern!r} with "
+            f"{compiled.groups}"
+        )
 
 
 def _check_source(where: str, values: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from .adaptation import tuned_lines
+from .audit import targets_findings
 from .compare import LEAK_FREE
 from .conditions import CTRL
 from .contenders import CEILING, best_baseline, best_method
@@ -26,7 +27,8 @@ def setting(run: Run) -> str:
     train, val, query = (len(prepared.where(role)) for role in ("train", "val", "query"))
     lines = [
         f"**Mask `{policy}`**: {MASK_MEANING[policy]}. {removed} of {run.screen.n_genes:,} panel genes are targets "
-        "of some condition.",
+        "of some condition or are masked with one.",
+        *targets_findings(run.screen),
         f"**Split `{run.split.id}`** ({run.split.hash[:12]}): {train:,} training, {val:,} validation and {query:,} "
         f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls.",
         f"**Candidates `train`**: the {len(prepared.candidates)} conditions seen in training.",

@@ -1,10 +1,19 @@
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbret.conditions import CTRL, canonical_condition, canonical_conditions, shared_targets, targets
+from perturbret.conditions import (
+    CTRL,
+    canonical_condition,
+    canonical_conditions,
+    control_names,
+    shared_targets,
+    targets,
+)
 
 GENES = st.sampled_from(["KLF1", "BAK1", "HLA-A", "C3orf72", "AC004381.6"])
 
@@ -111,3 +120,10 @@ def test_targets_and_shared_targets():
     assert (
         not shared_targets("A+B", "AB") and not shared_targets(CTRL, CTRL) and not shared_targets("A", CTRL)
     )
+
+
+def test_several_names_of_controls():
+    read = partial(canonical_condition, control_label=["NegCtrl0", "non_targeting"], delimiter="_")
+    assert read("negctrl0") == read("non_targeting") == read("NegCtrl0_non_targeting") == CTRL
+    assert read("KLF1_NegCtrl0") == "KLF1" == read("non_targeting_KLF1")
+    assert control_names(None) == () and control_names(" NT ") == ("NT",)

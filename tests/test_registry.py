@@ -102,6 +102,22 @@ def test_names_that_are_no_folder_names_are_refused(name):
             'control_label: expected text, got False; put quotes around it: .*"False"',
         ),
         ({"total_key": 3}, "total_key: expected text, got 3"),
+        ({"control_label": []}, r"control_label: expected a list of names, as \[a, b\], got \[\]"),
+        ({"drop_labels": "nan"}, "drop_labels: expected a list of names, .* got 'nan'"),
+        ({"keep_columns": [True]}, r"keep_columns: expected a list of names, .* got \[True\]"),
+        (
+            {"target_map": ["KLF1"]},
+            "target_map: expected a mapping of labels or targets to symbols, or 'nearest'",
+        ),
+        ({"target_map": {"klf1": 3}}, "target_map: expected a mapping"),
+        (
+            {"strip_guide_suffix": 1},
+            "strip_guide_suffix: expected true, false or a regular expression, got 1",
+        ),
+        ({"strip_guide_suffix": "("}, r"strip_guide_suffix: expected a regular expression, got '\('"),
+        ({"gene_symbol_pattern": "^hg19_"}, "gene_symbol_pattern: .* one group .* with 0"),
+        ({"unmeasured_targets": "yes"}, "unmeasured_targets: expected 'accept' or a list of names"),
+        ({"scaled_counts": True}, "scaled_counts: expected 'accept', got True"),
     ],
 )
 def test_malformed_values(change, said):
@@ -113,6 +129,17 @@ def test_simulated_entry_has_no_use_for_file_keys():
     assert make_entry({"name": "s", "simulate": {}}).simulated
     with pytest.raises(EntryError, match="no use for batch_key"):
         make_entry({"name": "s", "simulate": {}, "batch_key": "b"})
+
+
+def test_lists_and_maps_of_names_become_text():
+    entry = make_entry(
+        MINIMAL
+        | {"control_label": ["NT", 0], "drop_labels": ["nan", 7], "target_map": {3: " KLF1 "}}
+        | {"unmeasured_targets": ["PTEN"], "strip_guide_suffix": True}
+    )
+    assert entry.control_label == ("NT", "0") and entry.drop_labels == ("nan", "7")
+    assert entry.target_map == {"3": "KLF1"} and entry.unmeasured_targets == ("PTEN",)
+    assert entry.strip_guide_suffix is True and make_entry(MINIMAL).strip_guide_suffix is False
 
 
 def test_extra_masked_genes_become_tuples():
