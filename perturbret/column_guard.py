@@ -29,7 +29,7 @@ _CHUNK = 4_000_000
 
 
 def guard_columns(
-    prepared: Prepared, *, accepted: Sequence[str] = (), n_permutations: int = 19, seed: int = 0
+    prepared: Prepared, *, accepted: Sequence[str] = (), n_permutations: int = 9, seed: int = 0
 ) -> pd.DataFrame:
     """Columns of the masked training cells that nearly name a condition, and the next best for comparison.
 
@@ -42,7 +42,8 @@ def guard_columns(
     prepared : Prepared
         Only cells of role `train` are read.
     accepted : sequence of str
-        Columns that the dataset's entry accepts by name (`accepted_columns`).
+        Columns that the dataset's entry accepts by name (`accepted_columns`); `*` accepts all, for labels that are no
+        perturbations (cell types), whose markers are what one looks for.
     n_permutations : int
         Times that all labels are shuffled for `luck`.
     seed : int
@@ -83,7 +84,8 @@ def guard_columns(
     table = table.assign(within_batch=within, tells=np.array(groups.names, object)[table["group"]])
     whole = [_whole_embedding(key, value[rows], groups, folds) for key, value in prepared.cells.obsm.items()]
     table = pd.concat([table, pd.DataFrame(whole)], ignore_index=True)
-    known = np.where(table["column"].isin(list(accepted)), "accepted", "suspect")
+    fine = table["column"].isin(list(accepted)) | ("*" in accepted)
+    known = np.where(fine, "accepted", "suspect")
     table["verdict"], table["luck"] = np.where(table["phi"] >= least, known, "below"), luck
     shown = ["column", "tells", "by", "phi", "precision", "recall", "luck", "within_batch", "verdict"]
     return table.sort_values("phi", ascending=False, kind="stable")[shown].reset_index(drop=True)

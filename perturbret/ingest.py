@@ -29,9 +29,9 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     Returns
     -------
     Screen
-        With `audit`: `dataset`, `file`, `sha256`, `url`, `citation`, `license`; `counts` (evidence that they are
-        counts), `totals` (where they are from); `cells_before`, `cells_in_subset`, `unlabelled_cells`,
-        `empty_cells` (both dropped), `cells_after`; `genes_before`, `genes_after`, `duplicate_genes` (symbol:
+        With `audit`: `dataset`, `file`, `sha256`, `url`, `citation`, `license`, `accepted_columns`; `counts`
+        (evidence that they are counts), `totals` (where they are from); `cells_before`, `cells_in_subset`,
+        `unlabelled_cells`, `empty_cells` (both dropped), `cells_after`; `genes_before`, `genes_after`, `duplicate_genes` (symbol:
         columns summed), `genes_without_symbol`; `n_raw_labels`; of the cells that are kept `merged_labels` (rows
         of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls included) and
         `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells);
@@ -51,6 +51,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     if file is not None:
         audit |= {"file": file.name, "sha256": sha256_of(file)}
     audit |= {"url": entry.url, "citation": entry.citation, "license": entry.license}
+    audit["accepted_columns"] = list(entry.accepted_columns)
     obs, keep = read_cells(source.obs, entry, audit)
     conditions, _ = canonical_conditions(
         obs["condition"], control_label=entry.control_label, delimiter=entry.combo_delimiter
