@@ -24,6 +24,7 @@ THRESHOLD = 0.7
 MIN_CELLS, MAX_CELLS = 10, 200
 # Columns just below the threshold that are listed for comparison.
 N_SHOWN = 3
+SHOWN = ["column", "tells", "by", "phi", "precision", "recall", "luck", "within_batch", "verdict"]
 COUNT_LEVELS, EMBEDDING_LEVELS = 14, 32
 _CHUNK = 4_000_000
 
@@ -57,12 +58,13 @@ def guard_columns(
         told and true, held out), precision, recall, luck (the largest phi of any column and group with shuffled
         labels), within_batch (mean phi of the same column and group with labels permuted within batch: what the
         batch alone explains; NaN without batches), verdict (`suspect`, `accepted`, `below`). For an embedding as a
-        whole phi, precision and recall are medians over conditions, told by ridge regression on all dimensions.
+        whole phi, precision and recall are medians over conditions, told by ridge regression on all dimensions. No
+        row where no group has `MIN_CELLS` training cells.
 
     Raises
     ------
     ValueError
-        `n_permutations` is below 1, or fewer than two conditions have `MIN_CELLS` training cells.
+        `n_permutations` is below 1, or fewer than two conditions have training cells.
     """
     if n_permutations < 1:
         raise ValueError(f"n_permutations: expected at least 1, got {n_permutations}")
@@ -70,6 +72,8 @@ def guard_columns(
     rows = _some_cells(prepared, rng)
     conditions = prepared.conditions[rows]
     groups = _Groups.of(conditions)
+    if not groups.names:
+        return pd.DataFrame(columns=SHOWN)
     names, levels = _columns(prepared, rows)
     folds = _halves(groups.codes, rng)
     table = _best_groups(levels, groups, groups.codes, folds)
@@ -87,8 +91,7 @@ def guard_columns(
     fine = table["column"].isin(list(accepted)) | ("*" in accepted)
     known = np.where(fine, "accepted", "suspect")
     table["verdict"], table["luck"] = np.where(table["phi"] >= least, known, "below"), luck
-    shown = ["column", "tells", "by", "phi", "precision", "recall", "luck", "within_batch", "verdict"]
-    return table.sort_values("phi", ascending=False, kind="stable")[shown].reset_index(drop=True)
+    return table.sort_values("phi", ascending=False, kind="stable")[SHOWN].reset_index(drop=True)
 
 
 def suspect(table: pd.DataFrame, encoder: str | None = None) -> list[str]:
@@ -111,6 +114,10 @@ def suspect(table: pd.DataFrame, encoder: str | None = None) -> list[str]:
 
 def guard_findings(table: pd.DataFrame, accepted: Sequence[str] = ()) -> list[str]:
     """What the table says, in Markdown sentences; `accepted` as given to `guard_columns`."""
+    if table.empty:
+        return [
+            f"No condition has {MIN_CELLS} training cells: whether a single column tells it **was not checked**."
+        ]
     lines = []
     bad, fine = (table[table["verdict"] == verdict] for verdict in ("suspect", "accepted"))
     if len(bad):
@@ -168,10 +175,9 @@ class _Groups:
         }
         sizes = np.bincount(codes)
         groups = {name: rows for name, rows in groups.items() if sizes[rows].sum() >= MIN_CELLS}
-        if len(labels) < 2 or not groups:
+        if len(labels) < 2:
             raise ValueError(
-                f"conditions: expected two or more, one of them with {MIN_CELLS} training cells, got {len(labels)} "
-                f"of at most {sizes.max(initial=0)}"
+                f"conditions: expected two or more with training cells, got {list(map(str, labels))}"
             )
         member = np.zeros((len(labels), len(groups)), np.float32)
         for column, rows in enumerate(groups.values()):

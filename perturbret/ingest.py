@@ -31,11 +31,11 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     Screen
         With `audit`: `dataset`, `file`, `sha256`, `url`, `citation`, `license`, `accepted_columns`; `counts`
         (evidence that they are counts), `totals` (where they are from); `cells_before`, `cells_in_subset`,
-        `unlabelled_cells`, `empty_cells` (both dropped), `cells_after`; `genes_before`, `genes_after`, `duplicate_genes` (symbol:
-        columns summed), `genes_without_symbol`; `n_raw_labels`; of the cells that are kept `merged_labels` (rows
-        of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls included) and
-        `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells);
-        `unassigned_guides`; `obsm_left_out` (name: reason).
+        `unlabelled_cells`, `empty_cells` (both dropped), `cells_after`; `genes_before`, `genes_after`,
+        `duplicate_genes` (symbol: columns summed), `genes_without_symbol`; `n_raw_labels`; of the cells that
+        are kept `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels,
+        those of controls included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions`
+        (condition: cells); `unassigned_guides`; `obsm_left_out` (name: reason).
 
     Raises
     ------

@@ -148,7 +148,7 @@ def detectable_leak(
     A leak of share s puts the true condition first for s of the queries, drawn at random, and leaves the predictions
     of the others as they are. Hits by luck have the mean and variance of permutations within batch (Hoeffding 1951, A
     combinatorial central limit theorem, Ann Math Stat 22:558), with the leak among the predictions; their tail is taken
-    from the binomial distribution of that mean and variance.
+    from a binomial or moved Poisson distribution of that mean and variance.
 
     Parameters
     ----------
@@ -181,10 +181,13 @@ def detectable_leak(
 
     def found(k: int) -> float:
         """Power where k queries are given away."""
-        hits_by_luck = _distribution(*moments.at(k / n), n)
-        least = hits_by_luck.isf(alpha) + 1  # the first number of hits with a tail below alpha
-        others = _distribution(base_mean * (1 - k / n), base_variance * (1 - k / n), n)
-        return others.sf(least - k - 1)
+        hits_by_luck, share = _distribution(*moments.at(k / n)), k / n
+        least = np.ceil(
+            hits_by_luck.isf(alpha) + 1 - 1e-9
+        )  # the first number of hits with a tail below alpha
+        # Which queries are given away is drawn too: the hits that they had anyway differ.
+        spread = (1 - share) ** 2 * base_variance + share * (1 - share) * base_mean * (1 - base_mean / n)
+        return _distribution(base_mean * (1 - share), spread).sf(least - k - 1e-9)
 
     # Not monotone over the first few queries, where hits are whole numbers: the first k from which power suffices.
     low, high = 0, int((true >= 0).sum())
@@ -272,12 +275,13 @@ class _LuckMoments:
         return float(mean.sum()), float(np.maximum(variance, 0).sum())
 
 
-def _distribution(mean: float, variance: float, n: int):
-    """Binomial of that mean and variance; a Poisson where the variance is not below the mean."""
-    if variance >= mean * (1 - 1e-9):
-        return poisson(mean)
-    p = max(1 - variance / mean, mean / n) if variance > 0 else 1.0
-    return binom(max(1, round(mean / p)), min(1.0, mean / max(1, round(mean / p))))
+def _distribution(mean: float, variance: float):
+    """Hits of that mean and variance: binomial, or a Poisson moved up where most hits are sure."""
+    p = 1 - variance / mean if mean > 0 else 0.0
+    if not 0 < p < 0.5:
+        return poisson(variance, loc=mean - variance)
+    n = round(mean / p)
+    return binom(n, mean / n)
 
 
 @dataclass(frozen=True)

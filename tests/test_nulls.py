@@ -178,8 +178,7 @@ def simulated_null(seed, n, c, kind):
 
 
 @pytest.mark.parametrize("kind", ["leaning", "constant", "tied"])
-@pytest.mark.parametrize(("n", "c"), [(300, 8), (1500, 33)])
-@pytest.mark.parametrize("alpha", [0.01, 0.001])
+@pytest.mark.parametrize(("n", "c", "alpha"), [(300, 8, 0.01), (300, 8, 0.002), (1000, 33, 0.01)])
 def test_planted_leaks_of_the_detectable_size_are_found_four_times_in_five(kind, n, c, alpha):
     sizes, found, smaller = [], [], []
     for seed in range(60):
