@@ -18,7 +18,8 @@ PACKAGE = ROOT / "perturbret"
 # methods and stands below: encoders choose their settings through it.
 LAYERS = {
     "pure": (
-        "atomic binning column_guard conditions confounding counts gene_matching gene_space gene_space_file gene_stats genes hashing library "
+        "atomic binning column_guard conditions confounding "
+        "counts gene_matching gene_space gene_space_file gene_stats genes hashing library "
         "masking metrics nulls prepare queries remap retrieval screen splits stats whitening"
     ),
     "data": (

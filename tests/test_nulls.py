@@ -181,23 +181,23 @@ def simulated_null(seed, n, c, kind):
 @pytest.mark.parametrize(("n", "c", "alpha"), [(300, 8, 0.01), (300, 8, 0.002), (1000, 33, 0.01)])
 def test_planted_leaks_of_the_detectable_size_are_found_four_times_in_five(kind, n, c, alpha):
     sizes, found, smaller = [], [], []
-    for seed in range(60):
+    for seed in range(40):
         top, true, batch = simulated_null(seed, n, c, kind)
-        size = detectable_leak(top, true, batch, alpha=alpha, n_permutations=1999)
+        size = detectable_leak(top, true, batch, alpha=alpha, n_permutations=999)
         rng = np.random.default_rng(seed)
         tops = []
-        for share in (size, size / 2):
+        for share in (size, size / 3):
             given = rng.choice(n, round(share * n), replace=False)
             planted = top.copy()
             planted[given] = one_hot(true[given], c)
             tops.append(planted)
-        p = luck_p_values(tops, true, batch, n_permutations=1999, seed=seed)
+        p = luck_p_values(tops, true, batch, n_permutations=999, seed=seed)
         sizes.append(size)
         found.append(p[0] < alpha)
         smaller.append(p[1] < alpha)
-    # Binomial of 60 at .8: .65 to .95 holds 99.7%; what is sure by ties or whole numbers may lie above.
-    assert 0.65 <= np.mean(found), (np.mean(found), np.mean(sizes))
-    assert np.mean(smaller) < 0.65 and np.mean(smaller) < np.mean(found)
+    # Binomial of 40 at .8: .63 or more in 99%; where a few hits decide, whole numbers make it more.
+    assert np.mean(found) >= 0.63, (np.mean(found), np.mean(sizes))
+    assert np.mean(smaller) < 0.6, (np.mean(smaller), np.mean(sizes))
 
 
 def test_detectable_leaks_shrink_with_queries_and_grow_with_the_level():
