@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,5 @@ def _simulate(entry: Entry) -> Screen:
     for key in entry.simulate:
         if key not in known:
             raise EntryError(f"{entry.name}: simulate: unknown key {key!r}; {nearest(str(key), known)}")
-    return simulate_screen(name=entry.name, **entry.simulate)
+    screen = simulate_screen(name=entry.name, **entry.simulate)
+    return replace(screen, audit={**screen.audit, "accepted_columns": list(entry.accepted_columns)})

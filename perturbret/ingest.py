@@ -33,7 +33,8 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     Returns
     -------
     Screen
-        With `audit`. Source: `dataset`, `file`, `sha256`, `url`, `citation`, `license`; `counts` (evidence that they
+        With `audit`. Source: `dataset`, `file`, `sha256`, `url`, `citation`, `license`,
+        `accepted_columns`; `counts` (evidence that they
         are counts), `totals` (where they are from). Cells: `cells_before`, `cells_in_subset`, `unlabelled_cells`,
         `empty_cells` (both dropped), `cells_after`; `unlabelled_labels`, `dropped_labels` (label: cells),
         `suspicious_labels` (rows of label, condition, n_cells, why); `unassigned_guides`. Columns: `genes_before`,
@@ -60,6 +61,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     if file is not None:
         audit |= {"file": file.name, "sha256": sha256_of(file)}
     audit |= {"url": entry.url, "citation": entry.citation, "license": entry.license}
+    audit["accepted_columns"] = list(entry.accepted_columns)
     resolver = SymbolResolver.from_package()
     layer = _layer(source, entry)
     columns = read_genes(source.raw_var if layer == "raw" else source.var, entry, audit, resolver)

@@ -71,6 +71,9 @@ class Entry:
         What happens to columns that share a symbol.
     extra_masked_genes : mapping of condition to tuple of genes
         Masked together with the condition's targets.
+    accepted_columns : tuple of str
+        Columns that nearly name a condition and are known to be effects of it, no traces of the guide
+        (`perturbret.column_guard`); `*` for all, where labels are no perturbations.
     gene_symbol_key : str or None
         Column of var with gene symbols; None: the names of var.
     gene_symbol_pattern : str or None
@@ -104,6 +107,7 @@ class Entry:
     min_cells: int = 20
     duplicate_genes: str = "sum"
     extra_masked_genes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    accepted_columns: tuple[str, ...] = ()
     gene_symbol_key: str | None = None
     gene_symbol_pattern: str | None = None
     keep_columns: tuple[str, ...] = ()
@@ -204,9 +208,11 @@ def make_entry(content: Mapping[str, Any], *, where: str = "entry") -> Entry:
         )
     values |= _names_and_maps(where, values)
     values["extra_masked_genes"] = {
-        condition: _gene_list(where, condition, genes)
+        condition: _gene_list(f"{where}: extra_masked_genes: {condition!r}", genes)
         for condition, genes in values.get("extra_masked_genes", {}).items()
     }
+    if "accepted_columns" in values:
+        values["accepted_columns"] = _gene_list(f"{where}: accepted_columns", values["accepted_columns"])
     return Entry(**values)
 
 
@@ -314,7 +320,7 @@ def _check_source(where: str, values: Mapping[str, Any]) -> None:
             raise EntryError(
                 f"{where}: simulate: expected a mapping ({{}} for defaults), got {values['simulate']!r}"
             )
-        useless = sorted(set(values) - {"name", "simulate", "citation", "license"})
+        useless = sorted(set(values) - {"name", "simulate", "citation", "license", "accepted_columns"})
         if useless:
             raise EntryError(f"{where}: a simulated dataset has no use for {', '.join(useless)}")
         return
@@ -331,16 +337,14 @@ def _check_source(where: str, values: Mapping[str, Any]) -> None:
         raise EntryError(f"{where}: archive_member: expected a relative path within the zip, got {member!r}")
 
 
-def _gene_list(where: str, condition: object, genes: object) -> tuple[str, ...]:
+def _gene_list(where: str, genes: object) -> tuple[str, ...]:
     if (
         isinstance(genes, list | tuple)
         and genes
         and all(isinstance(gene, str) and gene.strip() for gene in genes)
     ):
         return tuple(gene.strip() for gene in genes)
-    raise EntryError(
-        f"{where}: extra_masked_genes: {condition!r}: expected a list of gene symbols, got {genes!r}"
-    )
+    raise EntryError(f"{where}: expected a list of gene symbols, got {genes!r}")
 
 
 def read_yaml(path: Path) -> Any:

@@ -9,6 +9,7 @@ from .conditions import CTRL
 from .contenders import CEILING, best_baseline, best_method
 from .masking import UNSAFE
 from .metrics import coverage_area
+from .nulls import null_limits
 from .report import Report, validity
 from .runs import Run
 from .wording import bullets, percent, span
@@ -80,6 +81,7 @@ def evaluation_summary(
         f"Null control: shuffled labels reach {percent(control.estimate)} {span(control.ci_low, control.ci_high)}, "
         f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}."
     )
+    lines.append(null_limits(control))
     if run.params["mask"] in UNSAFE:
         lines.append(
             f"**`{run.params['mask']}` is unsafe**: this page shows the leak; its hit rates are no evidence."

@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 from toy import ToyEncoder, from_obsm, reordered, toy_cells, toy_screen
 
 from perturbret.conditions import CTRL
-from perturbret.evaluate import READOUT, evaluate, null_control, summarise
+from perturbret.evaluate import READOUT, evaluate, null_control, summarise, within_batch
 from perturbret.nulls import permute_conditions
 from perturbret.prepare import ContextMismatch, prepare
 from perturbret.queries import make_queries
@@ -365,3 +365,51 @@ def test_null_control_shows_the_leak_of_own_targets_and_none_of_all_targets():
         assert (found[mask]["p_value"] > 0.02).all()
         assert (found[mask]["ci_low"] < found[mask]["class_prior"]).all()
         assert (found[mask]["ci_high"] > found[mask]["chance"]).all()
+
+
+def test_single_cells_are_judged_among_the_conditions_of_their_batch():
+    """A batch of one condition, one of two, one of all: an embedding that knows the batch alone gains nothing."""
+    parts = toy_screen(n_train=30, n_query=20, conditions=CONDITIONS)
+    labels = parts["conditions"]
+    batch = np.where(labels == "A", "one", np.where(np.isin(labels, ["B", "C"]), "two", "all"))
+    one_hot = (batch[:, None] == np.array(["all", "one", "two"])).astype(float)
+    known = toy_cells(labels, parts["roles"], batch=batch, obsm={"x": one_hot})
+    scores = evaluate(
+        ToyEncoder(known, from_obsm()), known, query_sizes=(1, 5), libraries=("mean",), scorings=("cosine",)
+    )
+    single = scores[scores["query_size"] == 1]
+    assert single.groupby("batch")["batch_n_candidates"].first().dropna().to_dict() == {"all": 5, "two": 2}
+    assert single.loc[single["batch"] == "one", "batch_hit@1"].isna().all()
+    assert scores.loc[scores["query_size"] == 5, "batch_hit@1"].isna().all()
+    # Prototypes of the conditions of a batch are equal: a tie, whose expectation is chance.
+    np.testing.assert_allclose(single["batch_hit@1"].dropna(), 1 / single["batch_n_candidates"].dropna())
+    (row,) = within_batch(scores).to_dict("records")
+    assert row["estimate"] == pytest.approx(row["chance"]) and row["excess"] == pytest.approx(0)
+    assert row["n_queries"] == 20 * 7 and row["n_conditions"] == 7
+    assert row["chance"] == pytest.approx((40 / 2 + 100 / 5) / 140)
+    assert "batch_hit@1" not in set(summarise(scores, n_resamples=10)["metric"])
+
+
+def test_a_method_that_reads_expression_is_right_within_batches_too():
+    prepared = screen(lambda labels, rng: informative(labels, rng, strength=4.0), batches=2)
+    scores = evaluate(
+        ToyEncoder(prepared, from_obsm()),
+        prepared,
+        query_sizes=(1,),
+        libraries=("mean",),
+        scorings=("cosine",),
+    )
+    row = within_batch(pd.concat([scores.assign(encoder=name, mask="none") for name in "ab"])).iloc[1]
+    assert (
+        row["encoder"] == "b"
+        and row["ci_low"] > 0.2
+        and row["estimate"] - row["chance"] == pytest.approx(row["excess"])
+    )
+    # All conditions are in both batches: the same question as among all candidates.
+    np.testing.assert_allclose(scores["batch_hit@1"], scores["exact_hit@1"])
+
+
+def test_without_batches_there_is_nothing_within_them():
+    prepared = screen(informative)
+    scores = evaluate(ToyEncoder(prepared, from_obsm()), prepared, query_sizes=(1,), libraries=("mean",))
+    assert "batch_hit@1" not in scores and within_batch(scores).empty

@@ -18,9 +18,9 @@ PACKAGE = ROOT / "perturbret"
 # methods and stands below: encoders choose their settings through it.
 LAYERS = {
     "pure": (
-        "atomic binning conditions counts gene_columns gene_matching gene_space gene_space_file gene_stats genes "
-        "hashing labels library masking metrics nulls prepare queries remap retrieval screen spelling splits stats "
-        "target_matching whitening"
+        "atomic binning column_guard conditions confounding counts gene_columns gene_matching gene_space "
+        "gene_space_file gene_stats genes hashing labels library masking metrics nulls prepare queries remap retrieval "
+        "screen spelling splits stats target_matching whitening"
     ),
     "data": (
         "align annotations chunks datasets download fetch h5ad ingest pretrained reference_cells registry simulate "

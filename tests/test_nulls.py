@@ -2,9 +2,19 @@ from collections import Counter
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from perturbret.nulls import luck, luck_p_values, permute_conditions
+from perturbret.nulls import (
+    ALPHAS,
+    _LuckMoments,
+    detectable_in_family,
+    detectable_leak,
+    luck,
+    luck_p_values,
+    null_limits,
+    permute_conditions,
+)
 
 
 def one_hot(columns, c):
@@ -134,3 +144,104 @@ def test_blocks_of_permutations_do_not_show(monkeypatch):
 def test_at_least_one_permutation():
     with pytest.raises(ValueError, match="n_permutations: expected at least 1, got 0"):
         luck_p_values([one_hot([0], 2)], np.array([0]), n_permutations=0, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_moments_are_those_of_all_permutations_within_batch(share):
+    rng = np.random.default_rng(0)
+    true = np.array([0, 1, 2, 0, 0, -1, 2])
+    top = (
+        rng.dirichlet(np.ones(3), size=7) if share == 0 else np.where(true[:, None] == np.arange(3), 1.0, 0.0)
+    )
+    batch = np.array(list("xxxxyyy"))
+    hits = []
+    for first in permutations(range(4)):
+        for second in permutations(range(4, 7)):
+            shuffled = true[[*first, *second]]
+            hits.append(np.where(shuffled >= 0, top[np.arange(7), shuffled], 0).sum())
+    mean, variance = _LuckMoments.of(top, true, batch).at(share)
+    assert mean == pytest.approx(np.mean(hits), abs=1e-12)
+    assert variance == pytest.approx(np.var(hits), abs=1e-12)
+
+
+def simulated_null(seed, n, c, kind):
+    """Labels, batches, and predictions that know nothing of them."""
+    rng = np.random.default_rng(seed)
+    prior = rng.dirichlet(np.full(c, 3.0))
+    batch = rng.choice(["x", "y"], n)
+    true = rng.choice(c, n, p=prior)
+    if kind == "leaning":
+        return one_hot(rng.choice(c, n, p=prior**2 / (prior**2).sum()), c), true, batch
+    if kind == "constant":
+        return one_hot(np.full(n, prior.argmax()), c), true, batch
+    return rng.dirichlet(np.full(c, 0.02), n), true, batch  # most sure, some tied
+
+
+@pytest.mark.parametrize("kind", ["leaning", "constant", "tied"])
+@pytest.mark.parametrize(("n", "c", "alpha"), [(300, 8, 0.01), (300, 8, 0.002), (1000, 33, 0.01)])
+def test_planted_leaks_of_the_detectable_size_are_found_four_times_in_five(kind, n, c, alpha):
+    sizes, found, smaller = [], [], []
+    for seed in range(40):
+        top, true, batch = simulated_null(seed, n, c, kind)
+        size = detectable_leak(top, true, batch, alpha=alpha, n_permutations=999)
+        rng = np.random.default_rng(seed)
+        tops = []
+        for share in (size, size / 3):
+            given = rng.choice(n, round(share * n), replace=False)
+            planted = top.copy()
+            planted[given] = one_hot(true[given], c)
+            tops.append(planted)
+        p = luck_p_values(tops, true, batch, n_permutations=999, seed=seed)
+        sizes.append(size)
+        found.append(p[0] < alpha)
+        smaller.append(p[1] < alpha)
+    # Binomial of 40 at .8: .63 or more in 99%; where a few hits decide, whole numbers make it more.
+    assert np.mean(found) >= 0.63, (np.mean(found), np.mean(sizes))
+    assert np.mean(smaller) < 0.6, (np.mean(smaller), np.mean(sizes))
+
+
+def test_detectable_leaks_shrink_with_queries_and_grow_with_the_level():
+    few, many = (simulated_null(0, n, 20, "leaning") for n in (400, 6400))
+    assert detectable_leak(*many, alpha=0.01) < 0.4 * detectable_leak(*few, alpha=0.01)
+    sizes = [detectable_leak(*few, alpha=alpha) for alpha in ALPHAS]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert (
+        detectable_leak(*few, alpha=0.01, power=0.5)
+        < sizes[1]
+        < detectable_leak(*few, alpha=0.01, power=0.99)
+    )
+
+
+def test_what_no_leak_can_reach_is_not_a_number():
+    top, true, batch = simulated_null(0, 400, 20, "leaning")
+    assert np.isnan(detectable_leak(top, true, batch, alpha=0.001, n_permutations=999))
+    assert np.isfinite(detectable_leak(top, true, batch, alpha=0.0011, n_permutations=999))
+    # The batch is the condition: permuting within it changes nothing.
+    assert np.isnan(detectable_leak(top, true, true.astype(str), alpha=0.01))
+    with pytest.raises(ValueError, match="power: expected a number between 0 and 1, got 1"):
+        detectable_leak(top, true, batch, alpha=0.01, power=1)
+
+
+@pytest.mark.parametrize("m", [1, 3, 5, 20, 50, 130, 250])
+def test_the_leak_of_a_family_is_that_of_its_smallest_level(m):
+    top, true, batch = simulated_null(0, 2000, 33, "leaning")
+    row = pd.Series(
+        {f"detectable@{alpha}": detectable_leak(top, true, batch, alpha=alpha) for alpha in ALPHAS}
+    )
+    assert detectable_in_family(row, m) == pytest.approx(
+        detectable_leak(top, true, batch, alpha=0.05 / m), abs=0.002
+    )
+
+
+def test_limits_are_said_in_one_sentence():
+    row = pd.Series(
+        {f"detectable@{alpha}": 0.02 * (i + 1) for i, alpha in enumerate(ALPHAS)} | {"n_queries": 1234}
+    )
+    assert "on these 1,234 queries with 80% power (at p < 0.01) it finds a leak" in null_limits(row)
+    assert "label of 4.0% of the cells" in null_limits(row)
+    assert "label of 6.0% of the cells" in null_limits(row, m=50) and "among 50 runs" in null_limits(
+        row, m=50
+    )
+    assert "no leak, however large" in null_limits(row, m=251)
+    with pytest.raises(ValueError, match="m: expected at least one run, got 0"):
+        detectable_in_family(row, 0)
