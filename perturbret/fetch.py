@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from .atomic import replacing, write_json
+from .atomic import disk_full, replacing, reporting_full, write_json
 from .download import ChecksumError, download, expect_sha256, extract, read_record, record_path, sha256_of
 from .registry import Entry
 
@@ -93,6 +93,8 @@ def fetch(
     ------
     DataNotFound
         Not on this machine, and not to be had from the network.
+    DiskFull
+        There is no space for it in the cache.
     ChecksumError
         The file on this machine, or the downloaded one, is not the described one.
     ValueError
@@ -105,16 +107,19 @@ def fetch(
         raise DataNotFound(_not_found(entry, cache, "it has no address to download it from"))
     target = _cached_path(entry, cache)
     try:
-        download(
-            entry.url,
-            target,
-            label=entry.name,
-            sha256=entry.sha256,
-            archive_member=entry.archive_member,
-            timeout=timeout,
-            progress=progress,
-        )
+        with reporting_full(target):
+            download(
+                entry.url,
+                target,
+                label=entry.name,
+                sha256=entry.sha256,
+                archive_member=entry.archive_member,
+                timeout=timeout,
+                progress=progress,
+            )
     except OSError as error:
+        if disk_full(error):
+            raise
         reason = f"{entry.url} could not be downloaded ({type(error).__name__}: {error})"
         raise DataNotFound(_not_found(entry, cache, reason)) from error
     return target

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .atomic import disk_full
 from .download import download, expect_sha256
 from .fetch import cache_directory, data_directory
 from .registry import EntryError, default_registry, nearest, read_yaml
@@ -140,6 +141,8 @@ def find_checkpoint(
                     progress=progress,
                 )
             except OSError as error:
+                if disk_full(error):
+                    raise
                 reason = f"{address} could not be downloaded ({type(error).__name__}: {error})"
                 raise CheckpointNotFound(_not_found(entry, [*places, cached], reason)) from error
     return _checked(entry, cached)
