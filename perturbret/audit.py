@@ -7,6 +7,7 @@ from .conditions import CTRL, targets
 from .genes import SymbolResolver
 from .masking import target_columns
 from .screen import Screen
+from .shown import Shown
 
 
 def overview(screen: Screen) -> pd.DataFrame:
@@ -94,7 +95,7 @@ def target_table(screen: Screen) -> pd.DataFrame:
                 else np.nan,
             }
         )
-    return pd.DataFrame(rows)
+    return Shown(rows)
 
 
 def batch_table(screen: Screen) -> pd.DataFrame | None:

@@ -99,9 +99,7 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> Path:
     # papermill notes absolute paths, the temporary one among them.
     node.metadata.papermill.update(input_path=notebook.name, output_path=output.name)
     if error:
-        write_text(
-            kept.with_suffix(".html"), render(node, name=notebook.stem, error=error, home=_home(kept))
-        )
+        write_text(kept.with_suffix(".html"), render(node, name=notebook.stem, error=error, home=_home(kept)))
         write_text(kept, nbformat.writes(node))
         raise NotebookFailed(error, kept)
     write_text(page, render(node, name=notebook.stem, home=_home(output)))

@@ -35,7 +35,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
         columns summed), `genes_without_symbol`; `n_raw_labels`; of the cells that are kept `merged_labels` (rows
         of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls included) and
         `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells);
-        `unassigned_guides`; `obsm_left_out` (name: reason).
+        `unassigned_guides`; `obsm_left_out` (name: reason); `unreadable_parts` (of the file, nobody asked for: reason).
 
     Raises
     ------
@@ -51,6 +51,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     if file is not None:
         audit |= {"file": file.name, "sha256": sha256_of(file)}
     audit |= {"url": entry.url, "citation": entry.citation, "license": entry.license}
+    audit["unreadable_parts"] = dict(source.unreadable)
     obs, keep = read_cells(source.obs, entry, audit)
     conditions, _ = canonical_conditions(
         obs["condition"], control_label=entry.control_label, delimiter=entry.combo_delimiter
