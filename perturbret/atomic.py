@@ -22,8 +22,8 @@ class DiskFull(OSError):
 def disk_full(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from or in the course of, says that no space is left.
 
-    Not all that write raise an OSError with its number: safetensors and HDF5 have errors of their own, with the system's
-    words in their message.
+    Not all that write raise an OSError with its number: safetensors and HDF5 have errors of their own, with the
+    system's words in their message.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -34,7 +34,7 @@ def disk_full(error: BaseException) -> bool:
 
 
 def no_space(path: str | os.PathLike) -> str | None:
-    """`no space left on device: ...` where the file system of `path` is as good as full; for a process that was killed."""
+    """`no space left on device: ...` where the file system of `path` is as good as full, else None."""
     place = Path(path)
     while not place.exists():
         place = place.parent

@@ -26,8 +26,8 @@ class ChecksumError(ValueError):
 def sha256_of(path: str | Path) -> str:
     """sha256 of a file's content, in hexadecimal; read once per process while the file stays as it is.
 
-    Of a directory (a zarr store): sha256 over the relative name and the sha256 of every file in it, sorted by name, each
-    followed by a zero byte.
+    Of a directory (a zarr store): sha256 over the relative name and the sha256 of every file in it, sorted by name,
+    each followed by a zero byte.
     """
     if os.path.isdir(path):
         digest = hashlib.sha256()

@@ -87,7 +87,8 @@ def fetch(
     Returns
     -------
     Path
-        Of an h5ad or h5mu, or of a zarr store, which is a directory; its content is what the entry, or the record of the first download, says.
+        Of an h5ad or h5mu, or of a zarr store, which is a directory; its content is what the
+        entry, or the record of the first download, says.
 
     Raises
     ------

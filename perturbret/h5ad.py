@@ -1,4 +1,4 @@
-"""Read what a screen needs out of an h5ad, an h5mu or a zarr store, matrices in blocks of rows, never dense as a whole."""
+"""Read what a screen needs out of an h5ad, h5mu or zarr store, matrices in blocks of rows, never dense as a whole."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +29,8 @@ class Source:
         The genes of `raw`.
     obsm : mapping of name to array
     unreadable : mapping of key to reason
-        Parts of the file that cannot be read (`obs/new`, `obsm/X_umap`, `layers/spliced`, `raw`), which nothing but their
-        own use is hindered by.
+        Parts of the file that cannot be read (`obs/new`, `obsm/X_umap`, `layers/spliced`, `raw`), which hinder nothing but
+        their own use.
     """
 
     obs: pd.DataFrame

@@ -89,10 +89,10 @@ def check_parameters(given: Mapping[str, Any], declared: Mapping[str, Any], *, w
 def check_given() -> None:
     """Refuse, in a notebook at work, parameters that its parameters cell does not declare, or values of other types.
 
-    For the cell after the parameters. papermill hands over whatever it is given: `-p overwrite no` is a text, which counts
-    as true. What the notebook declares is the first of the executed cells that holds nothing but `name = literal`; values
-    get the declared types (`1e3` becomes a whole number where one is declared). Outside a notebook there is nothing to
-    check.
+    For the cell after the parameters. papermill hands over whatever it is given: `-p overwrite no` is a text, which
+    counts as true. What the notebook declares is the first of the executed cells that holds nothing but
+    `name = literal`; values get the declared types (`1e3` becomes a whole number where one is declared). Outside a
+    notebook there is nothing to check.
 
     Raises
     ------
