@@ -1,10 +1,13 @@
 """Command line: execute one notebook, or run the whole workflow of a dataset."""
 
 import argparse
+import codecs
+import locale
 import os
 import sys
 from pathlib import Path
 
+from . import __version__
 from .execute import NotebookFailed, execute
 from .parameters import ParameterError, declared_parameters, load_parameters, load_yaml, parse_text
 
@@ -26,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m perturbret", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"perturbret {__version__}")
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("execute", help="execute a notebook, write it and its HTML page")
     one.add_argument("notebook", type=Path)
@@ -58,10 +62,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _execute(options: argparse.Namespace) -> int:
-    declared = declared_parameters(options.notebook)
+    declared = declared_parameters(options.notebook.expanduser())
     given = {}
     for path in options.f:
-        given |= load_parameters(path)
+        given |= load_parameters(path.expanduser())
     for text in options.y:
         values = load_yaml(text, where="-y")
         if not isinstance(values, dict):
@@ -88,5 +92,15 @@ def _report(options: argparse.Namespace) -> int:
     )
 
 
+def _speak_utf8() -> None:
+    """Start again in UTF-8 mode where the locale has another encoding; print as escapes what cannot be shown."""
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
+    _speak_utf8()
     sys.exit(main())

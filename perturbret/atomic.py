@@ -1,12 +1,61 @@
 """Write files so that a reader sees the old one or the whole new one, never a part."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_FULL = re.compile("no space left on device|disk quota exceeded|disk is full", re.IGNORECASE)
+# Bytes: no notebook could be written into less.
+_AS_GOOD_AS_FULL = 1 << 16
+
+
+class DiskFull(OSError):
+    """No space is left on a device, or within the user's quota; `filename` is what could not be written."""
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from or in the course of, says that no space is left.
+
+    Not all that write raise an OSError with its number: safetensors and HDF5 have errors of their own, with the
+    system's words in their message.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def no_space(path: str | os.PathLike) -> str | None:
+    """`no space left on device: ...` where the file system of `path` is as good as full, else None."""
+    place = Path(path)
+    while not place.exists():
+        place = place.parent
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    if free >= _AS_GOOD_AS_FULL and (status.f_favail or not status.f_files):
+        return None
+    return f"no space left on device: {free:,} bytes and {status.f_favail:,} files free in {place}"
+
+
+@contextmanager
+def reporting_full(path: str | os.PathLike) -> Iterator[None]:
+    """Within the block, an error that comes of a full disk is raised as DiskFull, which names `path`."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise DiskFull(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from error
 
 
 @contextmanager
@@ -24,8 +73,15 @@ def replacing(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
     ------
     FileNotFoundError
         The block made nothing at the temporary path.
+    DiskFull
+        There was no space for what the block writes.
     """
-    path = Path(path)
+    with reporting_full(path), _replacing(Path(path), keep) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _replacing(path: Path, keep: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}"
     try:

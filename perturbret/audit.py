@@ -6,6 +6,7 @@ import pandas as pd
 from .conditions import CTRL, targets
 from .genes import SymbolResolver
 from .screen import Screen
+from .shown import Shown
 from .target_matching import ABSENT, MATCHED, STATUSES, UNKNOWN, count_statuses, match_targets, unsettled
 from .wording import bullets, plain
 
@@ -118,7 +119,7 @@ def target_table(screen: Screen) -> pd.DataFrame:
                 else np.nan,
             }
         )
-    return pd.DataFrame(rows)
+    return Shown(rows)
 
 
 def targets_findings(screen: Screen) -> list[str]:

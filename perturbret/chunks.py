@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from .counts import check_counts
 from .gene_space import GeneSpace, GeneSpaceError
 from .genes import is_ensembl_id
-from .h5ad import Source, from_anndata, open_h5ad, row_blocks
+from .h5ad import Source, from_anndata, open_source, row_blocks
 from .remap import remap
 from .screen import Screen
 from .splits import Split, cells_of_role
@@ -103,9 +103,9 @@ def chunked_h5ad(path: str | Path, *, name: str = "", **keys: Any) -> ChunkedCou
     Raises
     ------
     FileNotFoundError, ValueError
-        As `perturbret.h5ad.open_h5ad`, and as `chunked_anndata`.
+        As `perturbret.h5ad.open_source`, and as `chunked_anndata`.
     """
-    return _chunked(lambda: open_h5ad(path), name or Path(path).stem, **keys)
+    return _chunked(lambda: open_source(path), name or Path(path).stem, **keys)
 
 
 def chunked_anndata(adata: Any, *, name: str, **keys: Any) -> ChunkedCounts:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from .contenders import CEILING, best_baseline
 from .masking import UNSAFE
+from .provenance import directory_hash
 from .runs import TUNED, read_manifest
 from .stats import cluster_bootstrap, holm, paired_permutation_p
 
@@ -43,9 +44,9 @@ class Finished:
 
     @property
     def method(self) -> str:
-        """Name in comparisons: the recipe, where the directory is named after it, else the encoder."""
-        ending = f"-{self.params['mask']}-seed{self.params['seed']}"
-        return self.name.removesuffix(ending) if self.name.endswith(ending) else self.params["encoder"]
+        """Name in comparisons: the recipe and what varies, where the directory is named after it, else the encoder."""
+        recipe, named, more = self.name.partition(f"-{self.params['mask']}-seed{self.params['seed']}")
+        return (f"{recipe} ({more[1:]})" if more else recipe) if named else self.params["encoder"]
 
     def table(self, name: str) -> pd.DataFrame:
         """A CSV of the run with its encoder, mask and seed in front."""
@@ -65,7 +66,7 @@ def collect(
     expected: list[str] | None = None,
     *,
     fingerprint: str = "",
-    code: Callable[[dict], str] | None = None,
+    code: Callable[[dict, str], str] | None = None,
 ) -> tuple[list[Finished], list[str]]:
     """Find the finished runs of a dataset.
 
@@ -78,7 +79,8 @@ def collect(
     fingerprint : str, optional
         Runs that were made with other data are not finished.
     code : callable, optional
-        Parameters of a run -> hash of the code that would fit it today; runs fitted by other code are not finished.
+        Parameters of a run, and the hash of the code that fitted it -> hash of the code that would fit it today; runs
+        fitted by other code are not finished. See `perturbret.pipeline.fit_code`.
 
     Returns
     -------
@@ -93,8 +95,10 @@ def collect(
         evaluation = manifest.get("evaluation")
         fit = manifest.get("fit", {"context": {}})
         current = fingerprint in ("", fit["context"].get("fingerprint"))
-        current = current and (not evaluation or code is None or code(fit["params"]) == fit["code"])
-        if evaluation and current and evaluation["encoder_sha256"] == fit["encoder_sha256"]:
+        current = current and (
+            not evaluation or code is None or code(fit["params"], fit["code"]) == fit["code"]
+        )
+        if evaluation and current and _judged(evaluation, Path(directory) / name):
             finished.append(Finished(Path(directory) / name, manifest))
         else:
             missing.append(name)
@@ -106,6 +110,14 @@ def collect(
                 f"runs: {other!r} and {run.name!r} are the same method, mask and seed; name one of them"
             )
     return finished, missing
+
+
+def _judged(evaluation: dict, directory: Path) -> bool:
+    """Whether the encoders that lie in a run's directory are those that its evaluation judged."""
+    return all(
+        evaluation.get(f"{name}_sha256") == directory_hash(directory / name)
+        for name in ("encoder", "null_encoder")
+    )
 
 
 def choose_readouts(runs: list[Finished]) -> pd.DataFrame:

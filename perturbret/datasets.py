@@ -2,13 +2,14 @@
 
 import inspect
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .annotations import ScreenError
 from .download import ChecksumError
 from .fetch import DataNotFound, fetch, locate
-from .h5ad import from_anndata, open_h5ad
+from .h5ad import Source, from_anndata, open_source
 from .ingest import ingest
 from .registry import Entry, EntryError, find_entry, load_registry, nearest, read_entry
 from .screen import Screen
@@ -85,13 +86,50 @@ def load_screen(dataset: str | Entry = "auto", *, registry: str | Path | None = 
     if entry.simulated:
         return _simulate(entry)
     path = fetch(entry, cache=cache)
-    with open_h5ad(path) as source:
+    with open_source(path, modality=entry.modality) as source:
+        _expect_readable(source, entry, path)
         return ingest(source, entry, file=path)
 
 
 def screen_from_anndata(adata: Any, entry: Entry) -> Screen:
     """A screen from an AnnData object, in memory or backed; otherwise as `load_screen`."""
     return ingest(from_anndata(adata), entry)
+
+
+def _expect_readable(source: Source, entry: Entry, path: Path) -> None:
+    """Raise where a part that the entry names is among those that could not be read.
+
+    Raises
+    ------
+    ScreenError
+        Names the file, the part, why it cannot be read and the entry's key that asks for it.
+    """
+    asked = {"subset": list(entry.subset)}
+    asked |= {
+        field.name: [getattr(entry, field.name)] for field in fields(entry) if field.name.endswith("_key")
+    }
+    wanted = {
+        f"{table}/{column}": key
+        for key, columns in asked.items()
+        for column in columns
+        for table in ("obs", "var", "raw/var")
+    }
+    layer = (entry.counts_layer or "counts").removeprefix("recover").removeprefix(":") or "X"
+    wanted |= dict.fromkeys(
+        [layer, f"{layer}/X"] if layer in ("X", "raw") else [f"layers/{layer}"], "counts_layer"
+    )
+    if entry.counts_layer is None and "counts" not in source.layers:
+        wanted["X"] = "counts_layer"
+    if not source.matrices and not source.unreadable:
+        raise ScreenError(
+            f"{entry.name}: counts_layer: {path}: expected values in X, raw or a layer, found none (X is null)"
+        )
+    for part, reason in source.unreadable.items():
+        if part in wanted:
+            raise ScreenError(
+                f"{entry.name}: {wanted[part]}: {path}: {part} cannot be read ({reason}); repair the file, or name "
+                "another part"
+            )
 
 
 def _simulate(entry: Entry) -> Screen:

@@ -1,5 +1,6 @@
 """Download, check, record: a file gets its final name only when it is the one that was meant."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-from .atomic import replacing, write_json
+from .atomic import DiskFull, replacing, write_json
 from .registry import nearest
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -23,12 +24,22 @@ class ChecksumError(ValueError):
 
 
 def sha256_of(path: str | Path) -> str:
-    """sha256 of a file's content, in hexadecimal; read once per process while the file stays as it is."""
+    """sha256 of a file's content, in hexadecimal; read once per process while the file stays as it is.
+
+    Of a directory (a zarr store): sha256 over the relative name and the sha256 of every file in it, sorted by name,
+    each followed by a zero byte.
+    """
+    if os.path.isdir(path):
+        digest = hashlib.sha256()
+        files = {file.relative_to(path).as_posix(): file for file in Path(path).rglob("*") if file.is_file()}
+        for name in sorted(files):
+            digest.update(f"{name}\0{sha256_of(files[name])}\0".encode())
+        return digest.hexdigest()
     status = os.stat(path)
     return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _sha256(path: str, size: int, mtime_ns: int, inode: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -144,7 +155,7 @@ def extract(archive: Path, member: str, target: Path) -> Path:
     ------
     ValueError
         The file is no whole, unencrypted zip, or `member` is not a file in it.
-    OSError
+    DiskFull
         The disk has not enough space.
     """
     try:
@@ -157,8 +168,10 @@ def extract(archive: Path, member: str, target: Path) -> Path:
                 raise ValueError(f"{archive}: expected {member!r} to be a file, got a folder or a link")
             free = shutil.disk_usage(target.parent).free
             if info.file_size > free:
-                raise OSError(
-                    f"{archive}: {member!r} needs {info.file_size} bytes, {target.parent} has {free}"
+                raise DiskFull(
+                    errno.ENOSPC,
+                    f"No space left on device: {archive}: {member!r} needs {info.file_size} bytes, "
+                    f"{target.parent} has {free}",
                 )
             with opened.open(info) as source, open(target, "wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)

@@ -8,15 +8,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import replacing, write_text
+from .atomic import no_space, write_text
 from .parameters import check_parameters, declared_parameters
 
 PACKAGE = Path(__file__).resolve().parent
 FAILED = "failed"
+INLINE = "module://matplotlib_inline.backend_inline"
 
 
 class NotebookFailed(RuntimeError):
@@ -55,8 +56,10 @@ def execute(notebook: str | Path, output: str | Path, parameters: Mapping[str, A
         An unknown parameter or a value of the wrong type; nothing was executed.
     NotebookFailed
         A cell raised, or the kernel died.
+    DiskFull
+        There was no space for the notebook or its page.
     """
-    notebook, output = Path(notebook).resolve(), Path(output).resolve()
+    notebook, output = (Path(path).expanduser().resolve() for path in (notebook, output))
     if output.suffix != ".ipynb":
         raise ValueError(f"output: expected a name ending in .ipynb, got {output.name!r}")
     given = check_parameters(parameters or {}, declared_parameters(notebook), where=notebook.stem)
@@ -65,8 +68,11 @@ def execute(notebook: str | Path, output: str | Path, parameters: Mapping[str, A
     _note(output, "start")
     try:
         page = _execute(notebook, output, given)
-    except NotebookFailed as failure:
-        _note(output, "failed", seconds=time.time() - started, error=str(failure), kept=str(failure.kept))
+    except (NotebookFailed, OSError) as failure:
+        kept = str(failure.kept) if isinstance(failure, NotebookFailed) else None
+        error = str(failure) if kept else f"{type(failure).__name__}: {failure}"
+        with suppress(OSError):  # on a full disk; what is raised is the failure itself
+            _note(output, "failed", seconds=time.time() - started, error=error, kept=kept)
         raise
     _note(output, "done", seconds=time.time() - started)
     return page
@@ -83,19 +89,21 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> Path:
 
     page = output.with_suffix(".html")
     kept = output.parent / FAILED / output.name
-    with replacing(output) as temporary:
-        error = _papermill(notebook, temporary, parameters)
-        node = nbformat.read(temporary, 4)
-        # papermill notes absolute paths, the temporary one among them.
-        node.metadata.papermill.update(input_path=notebook.name, output_path=output.name)
-        if error:
-            write_text(
-                kept.with_suffix(".html"), render(node, name=notebook.stem, error=error, home=_home(kept))
-            )
-            write_text(kept, nbformat.writes(node))
-            raise NotebookFailed(error, kept)
-        write_text(page, render(node, name=notebook.stem, home=_home(output)))
-        nbformat.write(node, temporary)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="perturbret-"))
+    try:
+        error = _papermill(notebook, directory / output.name, parameters, directory)
+        node = nbformat.read(directory / output.name, 4)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    # papermill notes absolute paths, the temporary one among them.
+    node.metadata.papermill.update(input_path=notebook.name, output_path=output.name)
+    if error:
+        write_text(kept.with_suffix(".html"), render(node, name=notebook.stem, error=error, home=_home(kept)))
+        write_text(kept, nbformat.writes(node))
+        raise NotebookFailed(error, kept)
+    write_text(page, render(node, name=notebook.stem, home=_home(output)))
+    write_text(output, nbformat.writes(node))
     for path in (kept, kept.with_suffix(".html")):
         path.unlink(missing_ok=True)
     if kept.parent.is_dir() and not any(kept.parent.iterdir()):
@@ -103,13 +111,12 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> Path:
     return page
 
 
-def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> str | None:
-    """Execute into `output`; None, or in one line what stopped it."""
+def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], directory: Path) -> str | None:
+    """Execute into `output`; None, or in one line what stopped it. `directory` is for the kernel's sockets."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    directory = tempfile.mkdtemp(prefix="perturbret-")
     try:
         papermill.execute_notebook(
             *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)),
@@ -118,14 +125,12 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> str 
             language="python",
             cwd=str(notebook.parent),
             progress_bar=False,
-            kernel_manager_class=_kernel_manager(directory),
+            kernel_manager_class=_kernel_manager(str(directory)),
         )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
     except DeadKernelError:
-        return "the kernel died, which mostly means that the machine ran out of memory"
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        return no_space(directory) or "the kernel died, which mostly means that the machine ran out of memory"
     return None
 
 
@@ -150,6 +155,10 @@ def _kernel_manager(directory: str) -> type:
             )
 
         async def _async_launch_kernel(self, command, *, env, **kwargs):
+            # Of the caller's environment, what would change the page: figures go into it whatever backend is the
+            # caller's, and checks are made under -O, too.
+            env = {**env, "MPLBACKEND": INLINE}
+            env.pop("PYTHONOPTIMIZE", None)
             if (PACKAGE.parent / "pyproject.toml").exists():
                 # A checkout that is not installed: the kernel does not run where it would be found.
                 path = [str(PACKAGE.parent), env.get("PYTHONPATH")]
@@ -181,10 +190,10 @@ def _remove_leftovers(output: Path) -> None:
 
 def _home(path: Path) -> str | None:
     """Relative address of the index of all runs, when the page is one of them."""
-    outputs = os.environ.get("PERTURBRET_OUTPUTS")
-    if not outputs or Path(outputs).resolve() not in path.parents:
+    outputs = Path(os.environ.get("PERTURBRET_OUTPUTS", "")).expanduser().resolve()
+    if not os.environ.get("PERTURBRET_OUTPUTS") or outputs not in path.parents:
         return None
-    return os.path.relpath(Path(outputs).resolve() / "index.html", path.parent)
+    return os.path.relpath(outputs / "index.html", path.parent)
 
 
 def _note(output: Path, event: str, **details) -> None:

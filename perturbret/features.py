@@ -18,8 +18,8 @@ def compute_features(name: str, cells: Cells, settings: Mapping) -> csr_matrix |
     name : str
         `constant`: one column of ones. `log1p`, `depth`: see the functions of that name; `log1p` takes `target_sum`
         from `settings`, and `columns` where only some genes are to be used. `log1p_depth`: the same, then the two
-        columns of `depth`. `counts`: UMIs, of `columns` where given, then the cell's total. `batch`: one column per batch
-        in `settings["batches"]`, 1 for the cell's own. `obsm:<key>`: the given embedding.
+        columns of `depth`. `counts`: UMIs, of `columns` where given, then the cell's total. `batch`: one column per
+        batch in `settings["batches"]`, 1 for the cell's own. `obsm:<key>`: the given embedding.
     cells : Cells
     settings : mapping
 

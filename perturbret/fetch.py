@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from .atomic import replacing, write_json
+from .atomic import disk_full, replacing, reporting_full, write_json
 from .download import ChecksumError, download, expect_sha256, extract, read_record, record_path, sha256_of
 from .registry import Entry
 
@@ -43,7 +43,7 @@ def data_directory() -> Path | None:
 
 
 def locate(entry: Entry, *, cache: str | Path | None = None) -> Path | None:
-    """The entry's file where it is on this machine already, its checksum verified; else None.
+    """The entry's file, or directory, where it is on this machine already, its checksum verified; else None.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def locate(entry: Entry, *, cache: str | Path | None = None) -> Path | None:
         data = data_directory()
         places = [] if data is None else [data / name for name in _names(entry)]
     for place in places:
-        if place.is_file():
+        if place.exists():
             return _own(entry, place, cache)
     cached = _cached_path(entry, cache)
     return _verified(entry, cached) if cached.is_file() else None
@@ -87,12 +87,15 @@ def fetch(
     Returns
     -------
     Path
-        Of an h5ad; its content is what the entry, or the record of the first download, says.
+        Of an h5ad or h5mu, or of a zarr store, which is a directory; its content is what the
+        entry, or the record of the first download, says.
 
     Raises
     ------
     DataNotFound
         Not on this machine, and not to be had from the network.
+    DiskFull
+        There is no space for it in the cache.
     ChecksumError
         The file on this machine, or the downloaded one, is not the described one.
     ValueError
@@ -105,16 +108,19 @@ def fetch(
         raise DataNotFound(_not_found(entry, cache, "it has no address to download it from"))
     target = _cached_path(entry, cache)
     try:
-        download(
-            entry.url,
-            target,
-            label=entry.name,
-            sha256=entry.sha256,
-            archive_member=entry.archive_member,
-            timeout=timeout,
-            progress=progress,
-        )
+        with reporting_full(target):
+            download(
+                entry.url,
+                target,
+                label=entry.name,
+                sha256=entry.sha256,
+                archive_member=entry.archive_member,
+                timeout=timeout,
+                progress=progress,
+            )
     except OSError as error:
+        if disk_full(error):
+            raise
         reason = f"{entry.url} could not be downloaded ({type(error).__name__}: {error})"
         raise DataNotFound(_not_found(entry, cache, reason)) from error
     return target
@@ -138,7 +144,7 @@ def _cached_path(entry: Entry, cache: str | Path | None) -> Path:
 
 def _own(entry: Entry, path: Path, cache: str | Path | None) -> Path:
     """The user's own file; where it is a zip, the member, extracted into the cache."""
-    zipped = entry.archive_member is not None and zipfile.is_zipfile(path)
+    zipped = entry.archive_member is not None and path.is_file() and zipfile.is_zipfile(path)
     if zipped or entry.archive_member is None:
         expect_sha256(path, entry.sha256, f"{entry.name}: sha256")
     if not zipped:

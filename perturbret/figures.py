@@ -1,5 +1,6 @@
 """Figures of the notebooks: tables in, matplotlib figures out; no arithmetic beyond what is drawn."""
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ STYLE = {
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "text.parse_math": False,  # labels may hold a dollar sign
 }
 
 
@@ -32,9 +34,22 @@ def method_name(encoder: str, scoring: str) -> str:
 
 def new_figure(width: float = 8.0, height: float = 4.0, columns: int = 1) -> tuple[Figure, np.ndarray]:
     """A styled figure with `columns` axes in a row, sizes in inches."""
+    _use_page()
+    mpl.rcdefaults()  # whatever the user's matplotlibrc says
     plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
     return figure, axes[0]
+
+
+def _use_page() -> None:
+    """In a notebook, draw into the page: MPLBACKEND or a matplotlibrc may name a backend that draws nowhere."""
+    import IPython
+
+    shell = IPython.get_ipython()
+    # The backends of Jupyter (inline, ipympl, ...), one of which the user may have chosen there, come as modules.
+    names = ("module://", "inline", "ipympl", "nbagg", "widget", "notebook")
+    if hasattr(shell, "kernel") and not mpl.get_backend().lower().startswith(names):
+        shell.enable_matplotlib("inline")
 
 
 def method_ladder(table: pd.DataFrame, *, chance: float, prior: float, metric: str = "exact_hit@1") -> Figure:

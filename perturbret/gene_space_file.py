@@ -93,7 +93,7 @@ def read_gene_space(path: str | os.PathLike) -> GeneSpace:
         No JSON, another schema or version, a missing key, a mapping whose keys are text where a list is due, a
         content that contradicts itself, or one that is not what was written.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     file = file / SPACE_FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"gene space: expected cross_dataset_hvg_info.json, found none at {file}")

@@ -1,6 +1,8 @@
 """The grid of runs: which recipes, under which masks and seeds, with which parameters for which notebook."""
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ class Run:
     Attributes
     ----------
     name : str
-        `<recipe>-<mask>-seed<seed>`, then whatever else varies; the name of its directory.
+        `<recipe>-<mask>-seed<seed>`, then `-<name>=<value>` of whatever else varies; the name of its directory.
     recipe : str
     notebook : str
         Name of the notebook that fits, without .ipynb.
@@ -157,9 +159,21 @@ def _make(recipe, notebook, asked, vary, declared, evaluation, where) -> Run:
         parts.append(str(values["mask"]))
     if "seed" in values:
         parts.append(f"seed{values['seed']}")
-    parts += [f"{name}_{asked[name]}" for name in vary if name not in ("mask", "seed")]
-    name = "-".join(re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts)
+    name = "-".join(map(_clean, parts))
+    # What stands before mask and seed is the recipe, to `perturbret.compare` as well.
+    name += "".join(f"-{key}={_written(asked[key])}" for key in vary if key not in ("mask", "seed"))
     return Run(name, recipe, notebook, asked, {**judged, **evaluation})
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^\w.+]+", "_", text).strip("_")
+
+
+def _written(value: Any) -> str:
+    """A value within a directory's name; with a hash where it cannot stand there as it is, so that two stay two."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    clean = _clean(text)[:40]
+    return clean if clean == text else f"{clean}_{hashlib.sha256(text.encode()).hexdigest()[:6]}".strip("_")
 
 
 def _with_own(run: Run, dataset: str, declared: Mapping[str, Mapping]) -> Run:
@@ -237,5 +251,5 @@ def _check_names(runs: list[Run], where: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise GridError(f"{where}: two runs are named {name!r}; each recipe and value may be listed once")
-        if name in ("audit", "vocab", "report", "splits"):
+        if name in ("audit", "vocab", "report", "splits", "cache", "superseded"):
             raise GridError(f"{where}: a run cannot be named {name!r}: that directory has another use")

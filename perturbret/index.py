@@ -8,6 +8,7 @@ from urllib.parse import quote
 from .atomic import write_text
 from .grid import AUDIT, REPORT, VOCAB
 from .html import BANNERED, index_page
+from .superseded import Made, fingerprint_of, other_data, read_record
 
 PAGES = "[0-9][0-9]_*.html"
 RUN_NAME = re.compile(r"(?P<recipe>.+?)-(?P<mask>\w+)-(?P<rest>seed\d+.*)")
@@ -34,23 +35,31 @@ def write_index(outputs: str | Path) -> Path:
 
 def _dataset(folder: Path, outputs: Path) -> dict:
     plan = _read(folder / "report" / "plan.json")
+    other = {made.path.name for made in _of_other_data(folder)}
     report, audit = folder / "report" / f"{REPORT}.html", folder / "audit" / f"{AUDIT}.html"
     others = [("what is in the data", audit), ("which genes scGPT knows", folder / "vocab" / f"{VOCAB}.html")]
     others += [(name, folder / "report" / name) for name in ("comparison.csv", "workflow.log")]
     runs = {page.parent.name for page in folder.glob(f"*/{PAGES}")}
     runs |= {page.parent.parent.name for page in folder.glob(f"*/failed/{PAGES}")}
     listed = list(plan.get("runs", []))
+    runs -= other
     older = sorted(runs - set(listed) - set(OTHERS))
     columns, rows = _table(folder, [name for name in listed if name in runs], outputs)
     old_columns, old_rows = _table(folder, older, outputs)
     return {
         "name": folder.name,
         "simulated": plan.get("simulated") or any(_bannered(page) for page in (report, audit)),
-        "report": _address(report, outputs) if report.exists() else None,
-        "others": [(text, _address(path, outputs)) for text, path in others if path.exists()],
+        "report": _address(report, outputs) if report.exists() and "report" not in other else None,
+        "others": [
+            (text, _address(path, outputs))
+            for text, path in others
+            if path.exists() and path.parent.name not in other
+        ],
+        "other_data": sorted(other),
         "failed": [
             (f"{page.parent.parent.name} {page.stem}", _address(page, outputs), _reason(page))
             for page in sorted(folder.glob(f"*/failed/{PAGES}"))
+            if page.parent.parent.name not in other
         ],
         "tables": [
             (title, columns, rows)
@@ -61,6 +70,15 @@ def _dataset(folder: Path, outputs: Path) -> dict:
             if rows
         ],
     }
+
+
+def _of_other_data(folder: Path) -> list[Made]:
+    """What was made from other data than the dataset's own of today, as far as its results tell (see `superseded`)."""
+    recorded = read_record(folder).get("fingerprint")
+    if recorded is None:  # never a workflow's: the data of the newest run count
+        newest = max(folder.glob("*/manifest.json"), key=_time, default=None)
+        recorded = newest and fingerprint_of(newest.parent)
+    return [] if recorded is None else other_data(folder, recorded, recorded)
 
 
 def _table(folder: Path, runs: list[str], outputs: Path) -> tuple[list[str], list[dict]]:

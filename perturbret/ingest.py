@@ -33,18 +33,17 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     Returns
     -------
     Screen
-        With `audit`. Source: `dataset`, `file`, `sha256`, `url`, `citation`, `license`,
-        `accepted_columns`; `counts` (evidence that they
-        are counts), `totals` (where they are from). Cells: `cells_before`, `cells_in_subset`, `unlabelled_cells`,
-        `empty_cells` (both dropped), `cells_after`; `unlabelled_labels`, `dropped_labels` (label: cells),
-        `suspicious_labels` (rows of label, condition, n_cells, why); `unassigned_guides`. Columns: `genes_before`,
-        `genes_after`, `columns_left_out` (symbol: why it is no gene), `duplicate_genes` (symbol: columns summed),
-        `genes_without_symbol`. Targets: `labels_are_names` (no genes: the entry has no combo_delimiter), else
-        `unmeasured_targets` (that the entry states) and `targets` (rows of
+        With `audit`. Source: `dataset`, `file`, `sha256`, `url`, `citation`, `license`, `accepted_columns`;
+        `counts` (evidence that they are counts), `totals` (where they are from). Cells: `cells_before`,
+        `cells_in_subset`, `unlabelled_cells`, `empty_cells` (both dropped), `cells_after`; `unlabelled_labels`,
+        `dropped_labels` (label: cells), `suspicious_labels` (rows of label, condition, n_cells, why);
+        `unassigned_guides`. Columns: `genes_before`, `genes_after`, `columns_left_out` (symbol: why it is no gene),
+        `duplicate_genes` (symbol: columns summed), `genes_without_symbol`. Targets: `labels_are_names` (no genes:
+        the entry has no combo_delimiter), else `unmeasured_targets` (that the entry states) and `targets` (rows of
         `perturbret.target_matching.TargetMatches.table`). Conditions: `n_raw_labels`; of the cells that are kept
-        `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of controls
-        included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition: cells).
-        `obsm_left_out` (name: reason).
+        `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of
+        controls included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition:
+        cells). `obsm_left_out` (name: reason); `unreadable_parts` (of the file, nobody asked for: reason).
 
     Raises
     ------
@@ -62,6 +61,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
         audit |= {"file": file.name, "sha256": sha256_of(file)}
     audit |= {"url": entry.url, "citation": entry.citation, "license": entry.license}
     audit["accepted_columns"] = list(entry.accepted_columns)
+    audit["unreadable_parts"] = dict(source.unreadable)
     resolver = SymbolResolver.from_package()
     layer = _layer(source, entry)
     columns = read_genes(source.raw_var if layer == "raw" else source.var, entry, audit, resolver)

@@ -86,6 +86,47 @@ def check_parameters(given: Mapping[str, Any], declared: Mapping[str, Any], *, w
     return {name: _fit(value, declared[name], f"{where}: {name}") for name, value in given.items()}
 
 
+def check_given() -> None:
+    """Refuse, in a notebook at work, parameters that its parameters cell does not declare, or values of other types.
+
+    For the cell after the parameters. papermill hands over whatever it is given: `-p overwrite no` is a text, which
+    counts as true. What the notebook declares is the first of the executed cells that holds nothing but
+    `name = literal`; values get the declared types (`1e3` becomes a whole number where one is declared). Outside a
+    notebook there is nothing to check.
+
+    Raises
+    ------
+    ParameterError
+        Names the parameter, what was expected and what was got.
+    """
+    import IPython
+
+    shell = IPython.get_ipython()
+    if shell is None:
+        return
+    literal = [cell for cell in map(_literals, shell.user_ns["In"]) if cell]
+    if not literal:
+        raise ParameterError("parameters: expected an executed cell of `name = literal`, found none")
+    declared = literal[0]
+    # papermill's own cell follows that of the parameters and begins with this line.
+    injected = [_literals(source) for source in shell.user_ns["In"] if source.startswith("# Parameters\n")]
+    given = {name: shell.user_ns[name] for cell in [declared, *injected] for name in cell}
+    try:
+        shell.user_ns.update(check_parameters(given, declared, where="parameters"))
+    except ParameterError as error:
+        texts = any(isinstance(value, str) for cell in injected for value in cell.values())
+        hint = "; what papermill's -p cannot read as a number, True, False or None is text: use -y"
+        raise ParameterError(f"{error}{hint if texts else ''}") from None
+
+
+def _literals(source: str) -> dict[str, Any]:
+    """What a cell of nothing but `name = literal` assigns; empty for any other cell."""
+    try:
+        return parameter_cell(source, where="cell")
+    except (ParameterError, SyntaxError):
+        return {}
+
+
 def parse_text(name: str, text: str, declared: Mapping[str, Any], *, where: str) -> Any:
     """The value that `text` from a command line stands for: as it is where text is declared, else read as YAML."""
     if isinstance(declared.get(name), str) or name not in declared:
@@ -156,7 +197,8 @@ def _fit(value: Any, default: Any, where: str) -> Any:
     else:
         _refuse_numbers_as_text(value, where)
         return value
-    raise ParameterError(f"{where}: expected {_EXPECTED[kind]} (default {default!r}), got {value!r}")
+    got = _EXPECTED.get(type(value), type(value).__name__)
+    raise ParameterError(f"{where}: expected {_EXPECTED[kind]} (default {default!r}), got {got}: {value!r}")
 
 
 def _refuse_numbers_as_text(value: Any, where: str) -> None:

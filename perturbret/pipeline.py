@@ -18,7 +18,7 @@ from .encoders import load_encoder, without_cache
 from .evaluate import evaluate, null_control, summarise
 from .nulls import permute_conditions
 from .prepare import Prepared, prepare
-from .pretrained import find_checkpoint
+from .pretrained import CheckpointNotFound, find_checkpoint
 from .provenance import code_hash, directory_hash, environment
 from .runs import TUNED, Run, open_run, outputs_root, write_table
 from .screen import Screen
@@ -46,7 +46,7 @@ def fit_run(run: Run) -> pd.DataFrame:
     pandas.DataFrame
         The hyperparameter settings tried, with validation exact_hit@1 and the choice.
     """
-    code = fit_code(run.params)
+    code = fit_code(run.params, run.manifest.get("fit", {}).get("code", ""))
     twin = null_twin(run)
     contexts = {"context": asdict(run.prepared.context), "null_context": asdict(twin.context)}
     made = run.manifest.get("fit")
@@ -57,7 +57,7 @@ def fit_run(run: Run) -> pd.DataFrame:
             made["validation_code"] = _code("evaluate")
             write_json(run.directory / "manifest.json", {**run.manifest, "fit": made})
         return pd.read_csv(run.directory / "selection.csv")
-    started = time.perf_counter()
+    started, code = time.perf_counter(), fit_code(run.params)
     # Of several processes that train together, the first writes.
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
@@ -131,15 +131,31 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
     )
 
 
-def fit_code(params: dict) -> str:
-    """A hash of what a fit with these parameters is made by: today's code and, for a network, where it may start."""
+def fit_code(params: dict, made: str = "") -> str:
+    """A hash of what a fit with these parameters is made by: today's code and, for a network, where it may start.
+
+    made : the hash of a fit that is there. A checkpoint that is no longer on this machine counts as what it was then:
+        to judge what was fitted, nobody needs it.
+    """
     if params["encoder"] != TUNED:
         return _code("baselines")
     checkpoints = params["search"].get("checkpoint")
     if not isinstance(checkpoints, list):
         checkpoints = [(params.get("settings") or {}).get("checkpoint", Settings().checkpoint)]
     # Other weights under the same name are another start.
-    return "-".join([_code("modes"), *(directory_hash(find_checkpoint(name))[:16] for name in checkpoints)])
+    then = made.split("-")[1:] if made else []
+    known = then if len(then) == len(checkpoints) else [""] * len(checkpoints)
+    return "-".join([_code("modes"), *map(_start, checkpoints, known)])
+
+
+def _start(checkpoint: str, known: str) -> str:
+    """Hash of a checkpoint's content; `known`, unless empty, where it is not on this machine."""
+    try:
+        return directory_hash(find_checkpoint(checkpoint, fetch=not known))[:16]
+    except CheckpointNotFound:
+        if not known:
+            raise
+        return known
 
 
 @cache
@@ -218,6 +234,7 @@ def evaluate_run(
     """
     started = time.perf_counter()
     fit_run(run)
+    judged = {f"{name}_sha256": directory_hash(run.directory / name) for name in ("encoder", "null_encoder")}
     encoder, null_encoder = (
         load_encoder(run.directory, name, cache=cache_directory(run)) for name in ("encoder", "null_encoder")
     )
@@ -246,7 +263,7 @@ def evaluate_run(
         "query_sizes": list(query_sizes),
         "poolings": list(poolings),
         "n_resamples": n_resamples,
-        "encoder_sha256": manifest["fit"]["encoder_sha256"],
+        **judged,
         "checks": {"context": "passed", "null_p_value_min": float(null["p_value"].min())},
         "wall_s": round(time.perf_counter() - started, 2),
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .atomic import disk_full
 from .download import download, expect_sha256
 from .fetch import cache_directory, data_directory
 from .registry import EntryError, default_registry, nearest, read_yaml
@@ -77,6 +78,7 @@ def find_checkpoint(
     cache: str | os.PathLike | None = None,
     timeout: float | None = None,
     progress: bool = True,
+    fetch: bool = True,
 ) -> Path:
     """Directory of a checkpoint, for `perturbret.checkpoint.load_checkpoint`.
 
@@ -98,6 +100,8 @@ def find_checkpoint(
         Seconds for each file; none by default (30 s of silence end it).
     progress : bool, default True
         Show a progress bar.
+    fetch : bool, default True
+        Download what is not on this machine.
 
     Raises
     ------
@@ -126,7 +130,9 @@ def find_checkpoint(
         return _checked(entry, place)
     if entry.url is None:
         raise CheckpointNotFound(_not_found(entry, places, "its entry has no address to download it from"))
-    for file, sha256 in entry.files.items():
+    if not fetch and not cached.is_dir():
+        raise CheckpointNotFound(_not_found(entry, [*places, cached], "it was not to be downloaded"))
+    for file, sha256 in entry.files.items() if fetch else ():
         if not (cached / file).is_file():
             address = f"{entry.url.rstrip('/')}/{file}"
             try:
@@ -140,6 +146,8 @@ def find_checkpoint(
                     progress=progress,
                 )
             except OSError as error:
+                if disk_full(error):
+                    raise
                 reason = f"{address} could not be downloaded ({type(error).__name__}: {error})"
                 raise CheckpointNotFound(_not_found(entry, [*places, cached], reason)) from error
     return _checked(entry, cached)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .atomic import no_space
+
 QUIET_SECONDS = 30
 
 
@@ -60,10 +62,19 @@ class Progress:
         """Count what began and never ended as killed; call this when the workflow has ended."""
         self.update()
         for run, name in list(self.running):
-            reason = "was killed (out of memory, or from outside)"
+            reason = no_space(self.log.parent) or "was killed (out of memory, or from outside)"
             self.failed[run, name] = (reason, None)
             self._say(f"FAILED {run} {name}: {reason}")
             del self.running[run, name]
+
+    def undone(self) -> int:
+        """Notebooks that Snakemake planned and that neither ended nor failed, unless its log says that all is done.
+
+        Events may lag behind on a network's file system; a log that says nothing of plans plans nothing.
+        """
+        log = self.log.read_bytes()[self.begin :] if self.log.exists() else b""
+        ended = len(self.failed) + sum(map(len, self.seconds.values()))
+        return 0 if b"(100%) done" in log else max(self.total.total() - ended, 0)
 
     def left(self) -> float | None:
         """Seconds that remain, about; None before anything is known."""

@@ -60,7 +60,7 @@ def read_references(path: str | os.PathLike = "") -> dict[str, Reference]:
     EntryError
         It is no list of entries, a key is unknown or missing, a value is of another type, a name comes twice.
     """
-    file = Path(path) if os.fspath(path) else default_registry("references.yaml")
+    file = Path(path).expanduser() if os.fspath(path) else default_registry("references.yaml")
     if not file.is_file():
         raise FileNotFoundError(f"references: expected a YAML file at {file}, found none")
     content = read_yaml(file)
@@ -119,7 +119,7 @@ def load_references(
     folder = data_directory()
     found = []
     for entry in chosen:
-        file = Path(entry.file) if folder is None else folder / entry.file
+        file = (folder or Path()) / Path(entry.file).expanduser()
         if not file.is_absolute() or not file.is_file():
             if required:
                 raise DataNotFound(

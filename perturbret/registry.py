@@ -9,7 +9,7 @@ from typing import Any
 
 _TEXT_KEYS = (
     "path url sha256 archive_member package_file condition_key batch_key guide_key total_key "
-    "counts_layer combo_delimiter duplicate_genes gene_symbol_key gene_symbol_pattern citation license"
+    "counts_layer modality combo_delimiter duplicate_genes gene_symbol_key gene_symbol_pattern citation license"
 ).split()
 _NAME_LISTS = ("drop_labels", "keep_columns", "drop_columns")
 _NULLABLE = {"control_label", "combo_delimiter"}
@@ -63,6 +63,8 @@ class Entry:
     counts_layer : str or None
         A layer's name, `X`, `raw` (raw.X); or `recover`, `recover:raw`, `recover:LAYER` for log1p-normalised
         values of X, raw.X or that layer. None: the layer `counts` where there is one, else X.
+    modality : str or None
+        Of an h5mu; None: `rna` or `gex`, or the only one that there is.
     combo_delimiter : str or None, default "+"
         Between the genes of a combination. None (`null`): labels are names, such as cell types, not genes.
     min_cells : int, default 20
@@ -103,6 +105,7 @@ class Entry:
     total_key: str | None = None
     subset: Mapping[str, Any] = field(default_factory=dict)
     counts_layer: str | None = None
+    modality: str | None = None
     combo_delimiter: str | None = "+"
     min_cells: int = 20
     duplicate_genes: str = "sum"

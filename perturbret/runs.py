@@ -50,7 +50,7 @@ def outputs_root(outputs: str = "") -> Path:
     """The outputs directory: the argument, else PERTURBRET_OUTPUTS, else `outputs` of the checkout."""
     named = outputs or os.environ.get("PERTURBRET_OUTPUTS", "")
     if named:
-        return Path(named).resolve()
+        return Path(named).expanduser().resolve()
     checkout = Path(__file__).resolve().parents[1]
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "outputs"
 

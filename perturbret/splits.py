@@ -211,6 +211,17 @@ def get_split(
     return _read(path, screen, track, _whole(seed), _checked_fractions(fractions))
 
 
+def recorded_fingerprint(path: Path) -> str:
+    """Of the data that a split file was made from; `unreadable` where that cannot be told."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])["fingerprint"]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        return "unreadable"
+
+
 def _write(path: Path, split: Split, screen: Screen) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -265,7 +276,10 @@ def _read(path: Path, screen: Screen, track: str, seed: int, fractions: tuple) -
     return Split(split.track, split.seed, roles.reindex(cells), split.fractions)
 
 
-_WAYS_OUT = "use another outputs directory, or remove the file and every run made with it"
+_WAYS_OUT = (
+    "`make report` for this dataset moves aside the file and all that was made with it; or use another outputs "
+    "directory"
+)
 
 
 def _whole(seed) -> int:

@@ -123,7 +123,8 @@ def load_vocabulary(path: str | os.PathLike = "") -> Vocabulary:
         The file is not a JSON object of token to id, or the ids are not 0, 1, 2, ..., each once.
     """
     if os.fspath(path):
-        file = Path(path) / "vocab.json" if Path(path).is_dir() else Path(path)
+        file = Path(path).expanduser()
+        file = file / "vocab.json" if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(
                 f"vocabulary: expected a vocab.json or a directory with one, found none at {file}"

@@ -1,17 +1,20 @@
 """Numbers and lists as the pages write them."""
 
-import html
+import re
 
 import pandas as pd
+
+# What Markdown, HTML or MathJax might take for markup; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*{}\[\]<>|~$&#!()]|(?<!\w)_|_(?!\w)")
 
 
 def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def plain(name: str) -> str:
-    """`name` as Markdown and HTML show it: no character of it is markup."""
-    return "".join(f"&#{ord(c)};" if c in "*`[]|\\$~" else c for c in html.escape(str(name), quote=False))
+def plain(label: object) -> str:
+    """A label for a Markdown text: shown as it is written, whatever it holds."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", str(label))
 
 
 def percent(value: float, signed: bool = False) -> str:

@@ -10,16 +10,18 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .atomic import write_json
+from .atomic import no_space, write_json
+from .download import sha256_of
 from .grid import AUDIT, EVALUATION, REPORT, ROOT, VOCAB, Grid, load_grid
 from .index import write_index
 from .parameters import declared_parameters
 from .progress import Progress, counted, duration
 from .provenance import data_files, modules_behind
 from .registry import Entry
+from .superseded import supersede
 
 PACKAGE = Path(__file__).resolve().parent
 RULES = {"audit": AUDIT, "vocab": VOCAB, "baselines": "03_baselines", "finetune": "04_finetune"}
@@ -52,7 +54,8 @@ def run_report(
     Returns
     -------
     int
-        0; 1 where a notebook failed, though the others finished and the index is there.
+        0 where every run was evaluated and reported; 1 where a notebook failed, though the others finished and the
+        index is there, or where the workflow did not do its work.
 
     Raises
     ------
@@ -65,46 +68,49 @@ def run_report(
     if cores < 1:
         raise ValueError(f"cores: expected at least 1, got {cores}")
     started = time.time()
+    grid, outputs, notebooks = (Path(path).expanduser() for path in (grid, outputs, notebooks))
+    outputs = outputs.resolve()
     settings = find_profile(profile)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         entry = resolve_dataset(dataset)
     for note in notes:
         _say(f"note: {note.message}")
-    asked = str(Path(dataset).resolve()) if dataset.endswith((".yaml", ".yml")) else entry.name
+    asked = str(Path(dataset).expanduser().resolve()) if dataset.endswith((".yaml", ".yml")) else entry.name
     checked = load_grid(grid, entry, dataset=asked, notebooks=notebooks)
-    outputs = Path(outputs).resolve()
     for recipe, reason in checked.skipped:
         _say(f"skipped {recipe}: {reason}")
     file = None if entry.simulated else fetch(entry)
     with exclusive(outputs) as lock:
         workdir = outputs / entry.name
-        plan = make_plan(entry, checked, file=file, workdir=workdir, notebooks=Path(notebooks))
+        plan = make_plan(entry, checked, file=file, workdir=workdir, notebooks=notebooks)
+        supersede(entry, plan["data"], workdir, say=_say)
         _say(
             f"{entry.name}: {counted(len(checked.runs), 'run')}; log: {_short(workdir / 'report' / 'workflow.log')}"
         )
         call = {"plan": plan, "workdir": workdir, "cores": cores, "profile": settings, "lock": lock}
-        code, failed = _snakemake("all", append=False, **call)
-        broken = {run for run, _ in failed}
+        ended = _snakemake("all", append=False, **call)
+        broken = {run for run, _ in ended.failed}
         plan["evaluated"] = [
             name
             for name in plan["runs"]
             if name not in broken and (workdir / name / f"{EVALUATION}.ipynb").exists()
         ]
-        if code and not failed:
-            _say_log(workdir)
-        elif plan["evaluated"]:
-            if "failed" in declared_parameters(Path(notebooks) / f"{REPORT}.ipynb"):
+        if plan["evaluated"] and (ended.whole or ended.failed):
+            if "failed" in declared_parameters(notebooks / f"{REPORT}.ipynb"):
                 plan["report"]["failed"] = sorted(broken & set(plan["runs"]))
-            report_code, report_failed = _snakemake(
-                "report/06_ablation_report.ipynb", "--allowed-rules", "report", append=True, **call
+            ended = ended.then(
+                _snakemake(
+                    "report/06_ablation_report.ipynb", "--allowed-rules", "report", append=True, **call
+                )
             )
-            if report_code and not report_failed:
-                _say_log(workdir)
-            code, failed = code or report_code, {**failed, **report_failed}
         page = write_index(outputs)
-    _say_end(failed, page, time.time() - started)
-    return 1 if code or failed else 0
+    reported = (workdir / "report" / f"{REPORT}.html").exists()
+    finished = ended.whole and reported and set(plan["evaluated"]) == set(plan["runs"])
+    if not finished and not ended.failed:
+        _say_why(workdir, ended, len(plan["evaluated"]), len(plan["runs"]))
+    _say_end(ended.failed, finished, page, time.time() - started)
+    return 0 if finished else 1
 
 
 def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, notebooks: Path) -> dict:
@@ -144,8 +150,7 @@ def data_stamp(entry: Entry, file: Path | None) -> str:
         del described[name]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode())
     if file is not None:
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(file)))
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
@@ -168,7 +173,7 @@ def find_profile(name: str) -> Path:
     FileNotFoundError
         There is no such profile, or no workflow/ (perturbret was installed without its checkout).
     """
-    for folder in (ROOT / "workflow" / "profiles" / name, Path(name)):
+    for folder in (ROOT / "workflow" / "profiles" / name, Path(name).expanduser()):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
     known = sorted(path.parent.name for path in (ROOT / "workflow").glob("profiles/*/config.yaml"))
@@ -202,8 +207,45 @@ def exclusive(outputs: Path):
         yield lock
 
 
-def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, append) -> tuple[int, dict]:
-    """Bring `target` up to date; exit status, and the notebooks that failed."""
+@dataclass(frozen=True)
+class Ended:
+    """How Snakemake ended.
+
+    Attributes
+    ----------
+    code : int
+        Its exit status.
+    failed : dict of (run, notebook) to (reason, path of the kept notebook or None)
+    undone : int
+        Notebooks that it planned to execute and did not, though none had failed.
+    """
+
+    code: int
+    failed: dict
+    undone: int
+
+    @property
+    def whole(self) -> bool:
+        """Everything that was planned was done."""
+        return not (self.code or self.failed or self.undone)
+
+    def then(self, other: "Ended") -> "Ended":
+        """Both calls together."""
+        return Ended(self.code or other.code, {**self.failed, **other.failed}, self.undone + other.undone)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would change how Snakemake works or texts are encoded.
+
+    Settings of the user's own workflows (SNAKEMAKE_PROFILE and the like) are not for this one; `--profile` is.
+    """
+    foreign = [name for name in os.environ if name.startswith("SNAKEMAKE_")]
+    kept = {name: value for name, value in os.environ.items() if name not in [*foreign, "PYTHONIOENCODING"]}
+    return {**kept, "PYTHONUTF8": "1"}
+
+
+def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, append) -> Ended:
+    """Bring `target` up to date."""
     folder = workdir / "report"
     log, events = folder / "workflow.log", folder / "events.jsonl"
     write_json(folder / "plan.json", plan)
@@ -211,7 +253,7 @@ def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, 
         path.unlink(missing_ok=True)
     path = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = {
-        **os.environ,
+        **clean_environment(),
         "PERTURBRET_OUTPUTS": str(workdir.parent),
         "PERTURBRET_EVENTS": str(events),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -236,7 +278,7 @@ def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, 
         process.wait()
         raise
     progress.finish()
-    return process.returncode, progress.failed
+    return Ended(process.returncode, progress.failed, progress.undone())
 
 
 @contextmanager
@@ -254,18 +296,31 @@ def _terminating(process: subprocess.Popen):
         signal.signal(signal.SIGTERM, before)
 
 
-def _say_log(workdir: Path) -> None:
+def _say_why(workdir: Path, ended: Ended, evaluated: int, asked: int) -> None:
+    """What is wrong though no notebook failed."""
     log = workdir / "report" / "workflow.log"
-    lines = log.read_text(errors="replace").splitlines()[-25:]
-    _say("\n".join(["the workflow itself failed; the end of its log:", *(f"    {line}" for line in lines)]))
+    if ended.code:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
+        full = no_space(workdir)
+        _say(
+            "\n".join(
+                [f"the workflow itself failed{f': {full}' if full else ''}; the end of its log:", *lines]
+            )
+        )
+        return
+    left = f"{counted(ended.undone, 'notebook')} that it had planned, " if ended.undone else ""
+    _say(
+        f"the workflow ended without executing {left}and {evaluated} of {counted(asked, 'run')} are evaluated: does "
+        f"the profile ask for a dry run, or for part of the work? See {_short(log)}"
+    )
 
 
-def _say_end(failed: dict, page: Path, seconds: float) -> None:
+def _say_end(failed: dict, finished: bool, page: Path, seconds: float) -> None:
     for (run, name), (reason, kept) in sorted(failed.items()):
         where = f"; kept: {_short(Path(kept))}" if kept else ""
         _say(f"FAILED {run} {name}: {reason}{where}")
-    state = f"{counted(len(failed), 'notebook')} failed" if failed else "finished"
-    _say(f"{state} after {duration(seconds)}: {_short(page)}")
+    state = f"{counted(len(failed), 'notebook')} failed" if failed else "NOT finished"
+    _say(f"{'finished' if finished else state} after {duration(seconds)}: {_short(page)}")
 
 
 def _short(path: Path) -> str:
