@@ -3,6 +3,8 @@
 import pandas as pd
 
 CEILING = "bayes_ceiling"
+# They read no expression: what they reach is the screen's design, not biology.
+NUISANCE = ("prior", "library_size", "batch")
 
 
 def best_method(readouts: pd.DataFrame, mask: str, without: str = "") -> str:
