@@ -2,11 +2,11 @@
 
 import pandas as pd
 
-from .compare import LEAK_FREE
-from .contenders import CEILING
-from .figures import method_name
+from .compare import LEAK_FREE, SHOWN
+from .contenders import shown
 from .gene_space import GeneSpace
 from .metrics import coverage_area
+from .readouts import readout_name
 from .report import Report, validity
 from .wording import from_to
 
@@ -80,55 +80,147 @@ def gene_space_table(space: GeneSpace, verified: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def comparison_table(report: Report) -> pd.DataFrame:
-    """Every method on single cells under the leak-free mask, against the best baseline."""
-    rows = report.rows(query_size=1).sort_values("estimate", ascending=False)
-    macro = report.rows(average="macro", query_size=1).set_index(["encoder", "scoring"])["estimate"]
-    verdicts = validity(report)
-    verdicts = verdicts[verdicts["mask"] == LEAK_FREE].set_index("encoder")["verdict"]
-    unmasked = set(report.readouts.loc[report.readouts["unmasked"], "encoder"])
-    table = pd.DataFrame(
-        {
-            "method": [method_name(row.encoder, row.scoring) for row in rows.itertuples()],
-            "library": rows["library"].to_numpy(),
-            "chosen read-out": ["yes" if primary else "" for primary in rows["primary"]],
-            "exact_hit@1": [with_interval(row) for row in rows.itertuples()],
-            "macro": [f"{macro[row.encoder, row.scoring]:.3f}" for row in rows.itertuples()],
-            "difference": [_difference(row) for row in rows.itertuples()],
-            "null control": [
-                verdicts[row.encoder] + ("; computed before masking" if row.encoder in unmasked else "")
-                for row in rows.itertuples()
-            ],
-            "p_holm": ["" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}" for row in rows.itertuples()],
-        }
+def method_table(report: Report) -> pd.DataFrame:
+    """Every method on single cells, mask all_targets: by itself, over the nuisance, against the baseline."""
+    rows = report.single()
+    macro, mrr = (
+        report.single(**asked).set_index("encoder") for asked in ({"average": "macro"}, {"metric": "mrr"})
     )
-    return table.set_index("method")
+    nulls = validity(report).set_index(["encoder", "mask"])["verdict"]
+    chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")
+    against, excess = report.asked("baseline"), report.asked("nuisance")
+    table = []
+    for row in rows.itertuples():
+        name, choice = row.encoder, chosen.loc[row.encoder]
+        stable = f" of {choice.n_readouts}, {choice.stability:.0%}" if choice.n_readouts > 1 else ""
+        contrast = against.loc[name] if name in against.index else None
+        own = {"nuisance": "nuisance", "ceiling": "ceiling", "precomputed": "computed before masking"}
+        alone = "the baseline" if name == report.baseline else own.get(choice.role, "")
+        table.append(
+            {
+                "method": shown(name),
+                "exact_hit@1": with_interval(row),
+                "spread": spread(row.spread, row.n_repeats),
+                "macro": f"{macro.loc[name, 'estimate']:.3f}",
+                "mrr": f"{mrr.loc[name, 'estimate']:.3f}",
+                f"over {report.nuisance}": difference(excess.loc[name]) if name in excess.index else "",
+                "against the baseline": alone if contrast is None else difference(contrast),
+                "at": "" if contrast is None else readout_name(contrast.scoring, contrast.library),
+                "p (Holm)": "" if contrast is None or pd.isna(contrast.p_holm) else f"{contrast.p_holm:.2g}",
+                "verdict": "" if contrast is None else contrast.verdict,
+                "read-out": readout_name(row.scoring, row.library) + stable,
+                "null control": nulls[name, LEAK_FREE],
+            }
+        )
+    table = pd.DataFrame(table).set_index("method")
+    return table if report.nuisance else table.drop(columns=f"over {report.nuisance}")
 
 
-def difference_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences with their intervals; see `perturbret.adaptation.adaptation`."""
+def headline_table(report: Report) -> pd.DataFrame:
+    """A row per method, as a README shows it: single cells, pools of 20, read-out, verdict against the baseline."""
+    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
+    pooled = report.rows(query_size=20, pooling="scores", primary=True).set_index("encoder")
+    against = report.asked("baseline")["verdict"]
+    roles = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"]
     return pd.DataFrame(
-        {
-            "method": table["method"],
-            "against": table["against"],
-            "question": table["question"],
-            **{
-                metric: [
-                    f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-                    for value, low, high in table[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float)
-                ]
-                for metric in ("exact_hit@1", "mrr")
-            },
-        }
+        [
+            {
+                "method": shown(row.encoder),
+                "exact_hit@1": with_interval(row),
+                "mrr": f"{mrr[row.encoder]:.3f}",
+                "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
+                if row.encoder in pooled.index
+                else "",
+                "read-out": readout_name(row.scoring, row.library),
+                "verdict": "the baseline"
+                if row.encoder == report.baseline
+                else against.get(row.encoder, roles[row.encoder]),
+            }
+            for row in report.single().itertuples()
+        ]
     )
+
+
+def readout_table(report: Report) -> pd.DataFrame:
+    """exact_hit@1 of every method at the same read-outs, single cells; `chosen` is the best of k on validation cells."""
+    rows = report.rows(query_size=1).assign(
+        text=lambda table: [with_interval(row) for row in table.itertuples()],
+        at=lambda table: [readout_name(*pair) for pair in zip(table["scoring"], table["library"], strict=True)],
+    )
+    order = report.single()["encoder"]
+    wide = rows.pivot(index="encoder", columns="at", values="text").reindex(order)
+    wide = wide[[name for name in (readout_name(*pair) for pair in SHOWN) if name in wide]].fillna("")
+    chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder").loc[order]
+    wide["chosen"] = [readout_name(row.scoring, row.library) for row in chosen.itertuples()]
+    wide["among"] = chosen["n_readouts"]
+    wide["chosen again"] = [f"{value:.0%}" for value in chosen["stability"]]
+    return wide.rename(index=shown).rename_axis(index="method", columns=None)
+
+
+def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
+    """Paired differences with their verdicts; see `perturbret.contrasts.contrasts`."""
+    rows = report.contrasts[report.contrasts["question"].isin(questions)]
+    rows = rows.sort_values(
+        ["question", "difference"],
+        key=lambda c: c.map(questions.index) if c.name == "question" else -c,
+    )
+    return pd.DataFrame(
+        [
+            {
+                "question": row.question,
+                "method": shown(row.encoder),
+                "exact_hit@1": f"{row.estimate:.3f}",
+                "against": f"{row.mask} instead of {row.against}" if row.question == "mask" else shown(row.against),
+                "has": f"{row.other:.3f}",
+                "at": readout_name(row.scoring, row.library),
+                "difference": difference(row),
+                "spread": spread(row.spread, row.n_repeats),
+                "p (Holm)": "" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}",
+                "verdict": row.verdict,
+                "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
+            }
+            for row in rows.itertuples()
+        ]
+    )
+
+
+def pool_table(report: Report) -> pd.DataFrame:
+    """exact_hit@1 by cells per query, scores pooled, in the order of the single cells; few queries, wide intervals."""
+    rows = report.rows(primary=True)
+    rows = rows[rows["pooling"].isin(["single", "scores"])]
+    columns = [
+        f"{size} ({n:,} queries)"
+        for size, n in rows.groupby("query_size")["n_queries"].max().items()
+    ]
+    text = rows.assign(text=[with_interval(row) for row in rows.itertuples()])
+    wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(report.single()["encoder"])
+    return wide.set_axis(columns, axis=1).fillna("").rename(index=shown).rename_axis("method")
 
 
 def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
-    """Primary read-outs on single cells under the leak-free mask, several metrics, with chance as last row."""
+    """Chosen read-outs on single cells, mask all_targets, several metrics, with chance as last row."""
     rows = pd.concat([report.single(metric=metric) for metric in metrics])
-    table = interval_table(rows, metrics, rows=["encoder"]).rename(index={CEILING: "Bayes ceiling"})
+    table = interval_table(rows, metrics, rows=["encoder"]).rename(index=shown)
     table.loc["chance"] = [f"{report.chance[metric]:.3f}" for metric in table.columns]
     return table
+
+
+def null_table(report: Report) -> pd.DataFrame:
+    """The null control by method and mask, in text; `detectable` where the smallest leak that it finds is known."""
+    found = validity(report)
+    table = pd.DataFrame(
+        {
+            "method": [shown(name) for name in found["encoder"]],
+            "mask": found["mask"],
+            "runs": found["runs"],
+            "not holding": found["not holding"],
+            "exact_hit@1, permuted labels": [with_interval(row) for row in found.itertuples()],
+            "luck": [f"{value:.3f}" for value in found["luck"]],
+            "verdict": found["verdict"],
+            "detectable": [f"{value:.3f}" for value in found["detectable"]],
+        }
+    )
+    return table.drop(columns="detectable") if found["detectable"].isna().all() else table
 
 
 def area_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -136,8 +228,8 @@ def area_table(scores: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for encoder, part in scores.groupby("encoder"):
         margin, hit = part["margin"].to_numpy(), part["exact_hit@1"].to_numpy()
-        rows[encoder] = {"area": coverage_area(margin, hit), "accuracy over all queries": hit.mean()}
-    return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False)
+        rows[shown(encoder)] = {"area": coverage_area(margin, hit), "accuracy over all queries": hit.mean()}
+    return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False).round(3)
 
 
 def with_interval(row) -> str:
@@ -145,7 +237,11 @@ def with_interval(row) -> str:
     return f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
 
 
-def _difference(row) -> str:
-    if row.encoder == row.baseline and row.primary:
-        return "the baseline"
-    return f"{row.difference:+.3f} [{row.diff_low:+.3f}, {row.diff_high:+.3f}]"
+def difference(row) -> str:
+    """`+0.012 [-0.004, +0.028]` from a row with difference, low and high."""
+    return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+
+
+def spread(value: float, n_repeats: int) -> str:
+    """`0.004 (3)`: the standard deviation between repeats and their number."""
+    return f"– ({n_repeats})" if pd.isna(value) else f"{value:.3f} ({n_repeats})"

@@ -1,10 +1,17 @@
 """Numbers and lists as the pages write them."""
 
+import html
+
 import pandas as pd
 
 
 def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def plain(name: str) -> str:
+    """A name from the data as Markdown that shows it letter by letter: no tag, no emphasis, no link."""
+    return "".join(f"&#{ord(c)};" if c in "*`[]|\\$~" else c for c in html.escape(str(name), quote=False))
 
 
 def percent(value: float, signed: bool = False) -> str:
