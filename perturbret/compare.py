@@ -169,7 +169,9 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
     """
     rows = []
     for (encoder, mask), group in _grouped(runs).items():
-        libraries = [b for b in LIBRARIES[1:] if all(b in run.manifest["evaluation"]["libraries"] for run in group)]
+        libraries = [
+            b for b in LIBRARIES[1:] if all(b in run.manifest["evaluation"]["libraries"] for run in group)
+        ]
         validation = pd.concat([read_validation(run.directory, libraries) for run in group])
         params = group[0].params
         role = role_of(params["encoder"], mask, TUNED)
@@ -177,7 +179,12 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
             validation = validation[validation["scoring"] == "classifier"]
         choice = choose_readout(validation, n_resamples=n_resamples)
         chosen = group[0].manifest["fit"]["chosen"] if role == "tuned" else {}
-        row = {"encoder": encoder, "mask": mask, **dict(zip(ARENA, group[0].arena, strict=True)), "role": role}
+        row = {
+            "encoder": encoder,
+            "mask": mask,
+            **dict(zip(ARENA, group[0].arena, strict=True)),
+            "role": role,
+        }
         row |= asdict(choice) | {name: chosen.get(name, "") for name in ("mode", "init", "members")}
         row["available"] = set(zip(validation["scoring"], validation["library"], strict=True))
         row["request"] = group[0].request

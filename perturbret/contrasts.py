@@ -44,7 +44,17 @@ def contrasts(
         (paired permutation), `p_holm` (adjusted within `FAMILIES`), `verdict`, `mrr`, `mrr_low`, `mrr_high`,
         `n_repeats`.
     """
-    columns = ["question", "encoder", "mask", "against", "scoring", "library", "estimate", "other", "difference"]
+    columns = [
+        "question",
+        "encoder",
+        "mask",
+        "against",
+        "scoring",
+        "library",
+        "estimate",
+        "other",
+        "difference",
+    ]
     columns += ["low", "high", "spread", "p_value", "mrr", "mrr_low", "mrr_high", "n_repeats"]
     single = scores[scores["query_size"] == 1]
     parts = dict(list(single.groupby(["encoder", "mask", "scoring", "library"], observed=True)))
@@ -65,10 +75,14 @@ def contrasts(
     table = pd.DataFrame(rows, columns=columns)
     table["p_holm"], table["verdict"] = np.nan, ""
     for family in FAMILIES:
-        judged = table["question"].isin(family) & (table["n_repeats"] >= MIN_REPEATS) & table["p_value"].notna()
+        judged = (
+            table["question"].isin(family) & (table["n_repeats"] >= MIN_REPEATS) & table["p_value"].notna()
+        )
         table.loc[judged, "p_holm"] = holm(table.loc[judged, "p_value"].to_numpy()) if judged.any() else []
     table["verdict"] = [
-        "" if row.question == "nuisance" else no_verdict or verdict(row.n_repeats, row.p_holm, row.low, row.high)
+        ""
+        if row.question == "nuisance"
+        else no_verdict or verdict(row.n_repeats, row.p_holm, row.low, row.high)
         for row in table.itertuples()
     ]
     return table
@@ -103,7 +117,9 @@ def _pairs(readouts: pd.DataFrame) -> Iterator[tuple[str, tuple[str, str], tuple
             if other:
                 yield "adapting", name, (other, LEAK_FREE)
         if one.role == "tuned" and one.init != "random":
-            same = (tuned["mode"] == one.mode) & (tuned["init"] == "random") & (tuned["members"] == one.members)
+            same = (
+                (tuned["mode"] == one.mode) & (tuned["init"] == "random") & (tuned["members"] == one.members)
+            )
             if other := _closest(one, tuned[same]):
                 yield "pretraining", name, (other, LEAK_FREE)
         if one.role not in ("ceiling", "precomputed"):
@@ -126,7 +142,9 @@ def _difference(one: pd.DataFrame, other: pd.DataFrame, n_permutations: int) -> 
     seeds = set(one["seed"]) & set(other["seed"])
     if not seeds:
         return {"n_repeats": 0}
-    (a, queries), (b, others) = (repeats(part[part["seed"].isin(seeds)], list(SHOWN)) for part in (one, other))
+    (a, queries), (b, others) = (
+        repeats(part[part["seed"].isin(seeds)], list(SHOWN)) for part in (one, other)
+    )
     if not queries.equals(others):
         raise ValueError(
             f"{one['encoder'].iloc[0]} and {other['encoder'].iloc[0]}: expected the same query cells, got others"

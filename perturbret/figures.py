@@ -122,7 +122,9 @@ def paired_differences(table: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(part)), [_text(shown(name)) for name in part["encoder"]])
         opponents = part["against"].unique()
         named = f" ({_text(opponents[0])})" if question == "baseline" and len(opponents) == 1 else ""
-        axis.set(title=titles[question] + named, xlabel="difference of exact_hit@1", ylim=(-0.7, tallest - 0.3))
+        axis.set(
+            title=titles[question] + named, xlabel="difference of exact_hit@1", ylim=(-0.7, tallest - 0.3)
+        )
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.25)
     return figure
@@ -139,7 +141,13 @@ def top_k_curves(table: pd.DataFrame, chance: dict[str, float]) -> Figure:
         for colour, (encoder, row) in zip(_palette(len(wide)), wide.iterrows(), strict=True):
             found = [k for k in ks if f"{kind}@{k}" in row.index]
             axis.plot(
-                found, [row[f"{kind}@{k}"] for k in found], "o-", ms=4, lw=1.6, color=colour, label=_text(encoder)
+                found,
+                [row[f"{kind}@{k}"] for k in found],
+                "o-",
+                ms=4,
+                lw=1.6,
+                color=colour,
+                label=_text(encoder),
             )
         found = [k for k in ks if f"{kind}@{k}" in chance]
         axis.plot(found, [chance[f"{kind}@{k}"] for k in found], "k:", lw=1.2, label="chance")
@@ -163,7 +171,9 @@ def query_size_curves(table: pd.DataFrame, chance: float) -> Figure:
             axis.fill_between(
                 rows["query_size"], rows["ci_low"], rows["ci_high"], color=colour, alpha=0.1, lw=0
             )
-            axis.plot(rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=_text(encoder))
+            axis.plot(
+                rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=_text(encoder)
+            )
         axis.axhline(chance, color="black", ls=":", lw=1, label="chance")
         sizes = sorted(set(part["query_size"]))
         axis.set_xscale("log")

@@ -115,9 +115,7 @@ def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.nd
         w, n = weights[rows], total[rows, None]
         behind = hits[:, [leader]] - hits
         gap = w @ behind / n
-        squares = (
-            w @ behind**2 - 2 * gap * (w @ (behind * cells[:, None])) + gap**2 * (w @ cells**2)[:, None]
-        )
+        squares = w @ behind**2 - 2 * gap * (w @ (behind * cells[:, None])) + gap**2 * (w @ cells**2)[:, None]
         error = np.sqrt(np.maximum(squares, 0) * groups / max(groups - 1, 1)) / n
         chosen[rows] = (gap <= error * (groups > 1) + 1e-9).argmax(axis=1)
     return chosen

@@ -8,7 +8,16 @@ import numpy as np
 import pandas as pd
 
 from .atomic import replacing
-from .compare import ARENA, LEAK_FREE, Finished, choose_readouts, collect, estimates, kept_scores, null_verdicts
+from .compare import (
+    ARENA,
+    LEAK_FREE,
+    Finished,
+    choose_readouts,
+    collect,
+    estimates,
+    kept_scores,
+    null_verdicts,
+)
 from .contenders import first_of
 from .contrasts import contrasts
 from .masking import UNSAFE
@@ -153,7 +162,9 @@ def build_report(
     shared = {"missing": missing, "warnings": list(warnings), "suspect": suspect, "confounded": confounded}
     shared["checks"] = list(checks)
     parts = [
-        _compared(root / "report", arena, [run for run in finished if run.arena == arena], n_resamples, shared)
+        _compared(
+            root / "report", arena, [run for run in finished if run.arena == arena], n_resamples, shared
+        )
         for arena in arenas
     ]
     for name, tables in (
@@ -184,14 +195,19 @@ def _compared(directory: Path, arena: tuple, runs: list[Finished], n_resamples: 
     verdicts = null_verdicts(runs, readouts)
     reason = "suspect" if shared["suspect"] else "confounded" if shared["confounded"] else ""
     table = contrasts(
-        scores, readouts, n_permutations=10 * n_resamples, no_verdict=f"not judged: {reason}" if reason else ""
+        scores,
+        readouts,
+        n_permutations=10 * n_resamples,
+        no_verdict=f"not judged: {reason}" if reason else "",
     )
     judge = next(run for run in runs if run.params["mask"] == LEAK_FREE)
     summary = judge.table("summary").query("query_size == 1 and average == 'micro'")
     chance = summary.groupby("metric")["chance"].first().to_dict()
     queries = scores[scores["query_size"] == 1].drop_duplicates("query_id")
     prior = float(queries["condition"].value_counts(normalize=True).iloc[0])
-    return Report(directory, *arena, readouts, scores, estimates(scores), verdicts, table, chance, prior, **shared)
+    return Report(
+        directory, *arena, readouts, scores, estimates(scores), verdicts, table, chance, prior, **shared
+    )
 
 
 def save_figure(report: Report, figure, name: str) -> None:

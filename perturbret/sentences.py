@@ -93,9 +93,7 @@ def evaluation_summary(
 def confidence(margin: pd.Series, hit: pd.Series) -> str:
     """Area under the coverage-accuracy curve beside what an uninformative margin gives."""
     area = coverage_area(margin.to_numpy(), hit.to_numpy())
-    return (
-        f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all queries."
-    )
+    return f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all queries."
 
 
 def headline(report: Report) -> str:
@@ -112,7 +110,9 @@ def _best_lines(report: Report) -> list[str]:
         f"{percent(report.prior)}"
     )
     if report.best is None:
-        return [f"**No method that reads expression was run** with mask `{LEAK_FREE}`: nothing is compared; {luck}."]
+        return [
+            f"**No method that reads expression was run** with mask `{LEAK_FREE}`: nothing is compared; {luck}."
+        ]
     row = _row(report, report.best)
     at = f"{row.n_queries:,} query cells, {row.n_conditions} conditions, {_times(row.n_repeats, 'seed')}"
     if reason := _no_conclusion(report):
@@ -134,7 +134,9 @@ def _baseline_lines(report: Report) -> list[str]:
     """Every method's verdict against the baseline, in lists."""
     against = report.asked("baseline")
     if report.baseline is None:
-        return ["No simple opponent was run: there is no baseline, and scGPT's modes have nothing to be judged by."]
+        return [
+            "No simple opponent was run: there is no baseline, and scGPT's modes have nothing to be judged by."
+        ]
     lists = [
         f"{verdict}: {', '.join(plain(name) for name in part.index)}"
         for verdict, part in against.groupby("verdict", sort=True)
@@ -229,19 +231,18 @@ def _missing_lines(report: Report) -> list[str]:
     return [f"**Missing**: {', '.join(report.missing)} did not finish."] if report.missing else []
 
 
-def conclusion(report: Report, conditions: pd.DataFrame) -> str:
+def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
     """What follows for somebody who must act on it: how far hit rates differ, what pooling and a short list bring."""
-    best = report.best
     worst, median, top = (conditions["estimate"].quantile(q) for q in (0, 0.5, 1))
     named = plain(conditions.loc[conditions["estimate"].idxmax(), "condition"])
-    five = report.single(metric="exact_hit@5").set_index("encoder").loc[best]
+    five = report.single(metric="exact_hit@5").set_index("encoder").loc[encoder]
     lines = [
-        f"Hit rates of {plain(best)} per condition run from {percent(worst)} to {percent(top)} ({named}), half of them "
+        f"Hit rates of {plain(encoder)} per condition run from {percent(worst)} to {percent(top)} ({named}), half of them "
         f"above {percent(median)}.",
         f"A list of five conditions holds the right one for {percent(five.estimate)} {span(five.ci_low, five.ci_high)} of "
         f"single cells; chance is {percent(report.chance['exact_hit@5'])}.",
     ]
-    pooled = report.rows(average="macro", pooling="scores", encoder=best, primary=True)
+    pooled = report.rows(average="macro", pooling="scores", encoder=encoder, primary=True)
     for row in pooled.sort_values("query_size").tail(1).itertuples():
         lines.append(
             f"Pools of {row.query_size} cells of one condition, scores pooled: {percent(row.estimate)} "

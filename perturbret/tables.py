@@ -145,7 +145,9 @@ def readout_table(report: Report) -> pd.DataFrame:
     """exact_hit@1 of every method at the same read-outs, single cells; `chosen` is the best of k on validation cells."""
     rows = report.rows(query_size=1).assign(
         text=lambda table: [with_interval(row) for row in table.itertuples()],
-        at=lambda table: [readout_name(*pair) for pair in zip(table["scoring"], table["library"], strict=True)],
+        at=lambda table: [
+            readout_name(*pair) for pair in zip(table["scoring"], table["library"], strict=True)
+        ],
     )
     order = report.single()["encoder"]
     wide = rows.pivot(index="encoder", columns="at", values="text").reindex(order)
@@ -170,7 +172,9 @@ def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
                 "question": row.question,
                 "method": shown(row.encoder),
                 "exact_hit@1": f"{row.estimate:.3f}",
-                "against": f"{row.mask} instead of {row.against}" if row.question == "mask" else shown(row.against),
+                "against": f"{row.mask} instead of {row.against}"
+                if row.question == "mask"
+                else shown(row.against),
                 "has": f"{row.other:.3f}",
                 "at": readout_name(row.scoring, row.library),
                 "difference": difference(row),
@@ -188,12 +192,11 @@ def pool_table(report: Report) -> pd.DataFrame:
     """exact_hit@1 by cells per query, scores pooled, in the order of the single cells; few queries, wide intervals."""
     rows = report.rows(primary=True)
     rows = rows[rows["pooling"].isin(["single", "scores"])]
-    columns = [
-        f"{size} ({n:,} queries)"
-        for size, n in rows.groupby("query_size")["n_queries"].max().items()
-    ]
+    columns = [f"{size} ({n:,} queries)" for size, n in rows.groupby("query_size")["n_queries"].max().items()]
     text = rows.assign(text=[with_interval(row) for row in rows.itertuples()])
-    wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(report.single()["encoder"])
+    wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(
+        report.single()["encoder"]
+    )
     return wide.set_axis(columns, axis=1).fillna("").rename(index=shown).rename_axis("method")
 
 

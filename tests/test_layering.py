@@ -32,8 +32,8 @@ LAYERS = {
         "proofs references scgpt settings spectrum tokens training trunk validation"
     ),
     "bookkeeping": (
-        "__main__ adaptation audit compare contenders coverage execute figures grid html index parameters pipeline "
-        "pretraining_report pretraining_run progress provenance report runs sentences tables training_report wording "
+        "__main__ audit compare contenders contrasts coverage execute figures grid html index parameters pipeline "
+        "pretraining_report pretraining_run progress provenance readouts report runs sentences tables training_report wording "
         "workflow"
     ),
 }
