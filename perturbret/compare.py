@@ -254,9 +254,9 @@ def estimates(scores: pd.DataFrame) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per mask, encoder, scoring, library, query_size, pooling, metric and average: `estimate` with `ci_low`
-        and `ci_high` (conditions are the unit; widened by `spread`, the standard deviation between repeats), `n_queries`
-        (distinct ones), `n_conditions`, `n_repeats`, `primary`. Pooled queries have exact_hit@1 and mrr only, and read-outs
-        that were not chosen exact_hit@1, micro.
+        and `ci_high` (conditions are the unit; widened by `spread`, the standard deviation between repeats),
+        `n_queries` (distinct ones), `n_conditions`, `n_repeats`, `primary`. Pooled queries have exact_hit@1 and mrr
+        only; so do read-outs that were not chosen, micro.
     """
     keys = ["mask", "encoder", "scoring", "library", "query_size", "pooling", "primary"]
     rows = []
@@ -280,8 +280,8 @@ def null_verdicts(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Rows of null_control.csv plus `p_holm` and `holds` (adjusted p at least 0.05). Adjusted over all runs; those under
-        an unsafe mask are a family of their own.
+        Rows of null_control.csv plus `p_holm` and `holds` (adjusted p at least 0.05). Adjusted over all runs; those
+        under an unsafe mask are a family of their own.
     """
     nulls = pd.concat([run.table("null_control").assign(run=run.name) for run in runs], ignore_index=True)
     nulls = nulls.merge(readouts[["encoder", "mask", "scoring", "library"]])

@@ -36,13 +36,13 @@ def contrasts(
     Returns
     -------
     pandas.DataFrame
-        One row per comparison: `question` (`baseline`: against the best simple opponent; `adapting`: against the frozen
-        network from the same weights; `pretraining`: against the same mode from random weights; `mask`: the same method
-        under the leak-free mask; `nuisance`: over the best nuisance opponent), `encoder`, `mask`, `against`, `scoring` and
-        `library` (of both sides; `own` where each side has the one chosen for it, as `nuisance` has), the two sides'
-        exact_hit@1 as `estimate` and `other`, `difference` with `low` and `high`, `spread` between repeats, `p_value`
-        (paired permutation), `p_holm` (adjusted within `FAMILIES`), `verdict`, `mrr`, `mrr_low`, `mrr_high`,
-        `n_repeats`.
+        One row per comparison: `question` (`baseline`: against the best simple opponent; `adapting`: against the
+        frozen network from the same weights; `pretraining`: against the same mode from random weights; `mask`: against
+        the same method under the mask of the headline; `nuisance`: over the best nuisance opponent), `encoder`, `mask`,
+        `against`, `scoring` and `library` (of both sides; `own` where each side has the one chosen for it, as
+        `nuisance` has), the two sides' exact_hit@1 as `estimate` and `other`, `difference` with `low` and `high`,
+        `spread` between repeats, `p_value` (paired permutation), `p_holm` (adjusted within `FAMILIES`), `verdict`,
+        `mrr`, `mrr_low`, `mrr_high`, `n_repeats`.
     """
     columns = [
         "question",

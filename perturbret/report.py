@@ -18,12 +18,14 @@ from .compare import (
     kept_scores,
     null_verdicts,
 )
-from .contenders import first_of
+from .contenders import first_of, shown
 from .contrasts import contrasts
 from .masking import UNSAFE
 from .pipeline import fit_code
+from .readouts import readout_name
 from .runs import outputs_root, write_table
 from .screen import Screen
+from .wording import with_interval
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Report:
     warnings : list of str
         What the reader must know before anything else, in Markdown.
     suspect, confounded : bool
-        A check of the screen found that labels may be given away, or that batches are (nearly) the conditions: no verdict
-        is given then.
+        A check of the screen found that labels may be given away, or that batches are (nearly) the conditions: no
+        verdict is given then.
     checks : list of str
         Checks of the screen that were run and found nothing, beside the null control.
     others : list of Report
@@ -125,7 +127,7 @@ def build_report(
     """Compare the finished runs of a dataset and write its tables as CSV.
 
     comparison.csv (estimates), contrasts.csv (paired differences and verdicts), readouts.csv, null_control.csv and
-    headline.csv (`perturbret.tables.headline_table`).
+    headline.csv (see `headline_table`).
 
     Parameters
     ----------
@@ -147,8 +149,6 @@ def build_report(
     FileNotFoundError
         No finished run under the leak-free mask.
     """
-    from .tables import headline_table
-
     root = outputs_root(outputs) / screen.name
     finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=fit_code)
     finished = [run for run in finished if run.name not in (failed or [])]
@@ -182,6 +182,31 @@ def build_report(
     main, *others = parts
     main.others.extend(others)
     return main
+
+
+def headline_table(report: Report) -> pd.DataFrame:
+    """A row per method, as a README shows it: single cells, pools of 20, read-out, verdict against the baseline."""
+    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
+    pooled = report.rows(query_size=20, pooling="scores", primary=True).set_index("encoder")
+    against = report.asked("baseline")["verdict"]
+    roles = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"]
+    return pd.DataFrame(
+        [
+            {
+                "method": shown(row.encoder),
+                "exact_hit@1": with_interval(row),
+                "mrr": f"{mrr[row.encoder]:.3f}",
+                "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
+                if row.encoder in pooled.index
+                else "",
+                "read-out": readout_name(row.scoring, row.library),
+                "verdict": "the baseline"
+                if row.encoder == report.baseline
+                else against.get(row.encoder, roles[row.encoder]),
+            }
+            for row in report.single().itertuples()
+        ]
+    )
 
 
 def _main_first(arena: tuple) -> tuple:
@@ -219,8 +244,7 @@ def save_figure(report: Report, figure, name: str) -> None:
 def validity(report: Report) -> pd.DataFrame:
     """Null-control verdict by encoder and mask: runs that hold, INVALID where one does not.
 
-    `detectable` is the largest over the runs: the smallest planted leak, as a share of cells, that the control finds with 80%
-    power.
+    `detectable` is the largest over the runs: the smallest planted leak that the control finds with 80% power.
     """
     rows = []
     for (encoder, mask), part in report.verdicts.groupby(["encoder", "mask"]):

@@ -80,8 +80,8 @@ def evaluation_summary(
         limit = f", from {percent(control.detectable)} of cells on with 80% power"
     lines.append(
         f"Null control: shuffled labels reach {percent(control.estimate)} {span(control.ci_low, control.ci_high)}, "
-        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}. It detects only leaks that follow the permuted "
-        f"labels{limit}."
+        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}. It detects only leaks that "
+        f"follow the permuted labels{limit}."
     )
     if run.params["mask"] in UNSAFE:
         lines.append(
@@ -93,7 +93,10 @@ def evaluation_summary(
 def confidence(margin: pd.Series, hit: pd.Series) -> str:
     """Area under the coverage-accuracy curve beside what an uninformative margin gives."""
     area = coverage_area(margin.to_numpy(), hit.to_numpy())
-    return f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all queries."
+    return (
+        f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all "
+        f"queries."
+    )
 
 
 def headline(report: Report) -> str:
@@ -142,8 +145,8 @@ def _baseline_lines(report: Report) -> list[str]:
         for verdict, part in against.groupby("verdict", sort=True)
     ]
     return [
-        f"**Against {plain(report.baseline)}**, the best simple opponent on validation cells, on the same query cells and "
-        f"at one read-out for both: {'; '.join(lists) or 'no other method was run'}."
+        f"**Against {plain(report.baseline)}**, the best simple opponent on validation cells, on the same query "
+        f"cells and at one read-out for both: {'; '.join(lists) or 'no other method was run'}."
     ]
 
 
@@ -173,8 +176,8 @@ def _tuned_lines(report: Report) -> list[str]:
                 f"({readout_name(one.scoring, one.library)}), {one.verdict}"
             )
     return [
-        f"**scGPT's best mode** on validation cells is {plain(report.tuned)}, {readout_name(row.scoring, row.library)}, "
-        f"{percent(row.estimate)}{': ' if parts else ''}{'; '.join(parts)}."
+        f"**scGPT's best mode** on validation cells is {plain(report.tuned)}, "
+        f"{readout_name(row.scoring, row.library)}, {percent(row.estimate)}{': ' if parts else ''}{'; '.join(parts)}."
     ]
 
 
@@ -197,8 +200,8 @@ def _null_lines(report: Report) -> list[str]:
         limit += f", from {percent(safe['detectable'].max())} of cells on with 80% power"
     held = runs - int(safe["not holding"].sum())
     line = (
-        f"**Null control** (labels permuted, same pipeline; masks {', '.join(sorted(set(safe['mask'])))}): holds in {held} "
-        f"of {_times(runs, 'run')}. {limit}."
+        f"**Null control** (labels permuted, same pipeline; masks {', '.join(sorted(set(safe['mask'])))}): holds in "
+        f"{held} of {_times(runs, 'run')}. {limit}."
     )
     if len(bad):
         names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())
@@ -209,9 +212,10 @@ def _null_lines(report: Report) -> list[str]:
         lines.append(f"**No leak was found by the checks that were run**: {ran}.")
     if unsafe["not holding"].any():
         worst = unsafe.loc[(unsafe["estimate"] - unsafe["luck"]).idxmax()]
+        broken, among = int(unsafe["not holding"].sum()), _times(int(unsafe["runs"].sum()), "run")
         lines.append(
-            f"**`own_targets` leaks the label** in {int(unsafe['not holding'].sum())} of {_times(unsafe['runs'].sum(), 'run')}: "
-            f"with labels that mean nothing, {plain(worst['encoder'])} still reaches {percent(worst['estimate'])} "
+            f"**`own_targets` leaks the label** in {broken} of {among}: with labels that mean nothing, "
+            f"{plain(worst['encoder'])} still reaches {percent(worst['estimate'])} "
             f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])}. Numbers under "
             f"`own_targets` are not evidence."
         )
@@ -222,8 +226,8 @@ def _interval_lines(report: Report) -> list[str]:
     """How often intervals of this kind hold the truth with so many conditions, and what a verdict takes."""
     row = report.single().iloc[0]
     return [
-        f"**Intervals** are over {row.n_conditions} conditions and the seeds. A verdict takes a Holm-adjusted paired p below "
-        f"0.05, an interval without 0, and {MIN_REPEATS} seeds."
+        f"**Intervals** are over {row.n_conditions} conditions and the seeds. A verdict takes a Holm-adjusted paired p "
+        f"below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
     ]
 
 
@@ -237,17 +241,17 @@ def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
     named = plain(conditions.loc[conditions["estimate"].idxmax(), "condition"])
     five = report.single(metric="exact_hit@5").set_index("encoder").loc[encoder]
     lines = [
-        f"Hit rates of {plain(encoder)} per condition run from {percent(worst)} to {percent(top)} ({named}), half of them "
-        f"above {percent(median)}.",
-        f"A list of five conditions holds the right one for {percent(five.estimate)} {span(five.ci_low, five.ci_high)} of "
-        f"single cells; chance is {percent(report.chance['exact_hit@5'])}.",
+        f"Hit rates of {plain(encoder)} per condition run from {percent(worst)} to {percent(top)} ({named}), half of "
+        f"them above {percent(median)}.",
+        f"A list of five conditions holds the right one for {percent(five.estimate)} {span(five.ci_low, five.ci_high)} "
+        f"of single cells; chance is {percent(report.chance['exact_hit@5'])}.",
     ]
     pooled = report.rows(average="macro", pooling="scores", encoder=encoder, primary=True)
     for row in pooled.sort_values("query_size").tail(1).itertuples():
         lines.append(
             f"Pools of {row.query_size} cells of one condition, scores pooled: {percent(row.estimate)} "
-            f"{span(row.ci_low, row.ci_high)} (macro, {row.n_queries} queries of the {row.n_conditions} conditions with so "
-            f"many query cells)."
+            f"{span(row.ci_low, row.ci_high)} (macro, {row.n_queries} queries of the {row.n_conditions} conditions "
+            f"with so many query cells)."
         )
     return bullets(lines)
 

@@ -8,7 +8,7 @@ from .gene_space import GeneSpace
 from .metrics import coverage_area
 from .readouts import readout_name
 from .report import Report, validity
-from .wording import from_to
+from .wording import difference, from_to, spread, with_interval
 
 
 def interval_table(summary: pd.DataFrame, metrics: list[str], *, rows: list[str]) -> pd.DataFrame:
@@ -116,33 +116,8 @@ def method_table(report: Report) -> pd.DataFrame:
     return table if report.nuisance else table.drop(columns=f"over {report.nuisance}")
 
 
-def headline_table(report: Report) -> pd.DataFrame:
-    """A row per method, as a README shows it: single cells, pools of 20, read-out, verdict against the baseline."""
-    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
-    pooled = report.rows(query_size=20, pooling="scores", primary=True).set_index("encoder")
-    against = report.asked("baseline")["verdict"]
-    roles = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"]
-    return pd.DataFrame(
-        [
-            {
-                "method": shown(row.encoder),
-                "exact_hit@1": with_interval(row),
-                "mrr": f"{mrr[row.encoder]:.3f}",
-                "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
-                if row.encoder in pooled.index
-                else "",
-                "read-out": readout_name(row.scoring, row.library),
-                "verdict": "the baseline"
-                if row.encoder == report.baseline
-                else against.get(row.encoder, roles[row.encoder]),
-            }
-            for row in report.single().itertuples()
-        ]
-    )
-
-
 def readout_table(report: Report) -> pd.DataFrame:
-    """exact_hit@1 of every method at the same read-outs, single cells; `chosen` is the best of k on validation cells."""
+    """exact_hit@1 of every method at the same read-outs, single cells; `chosen`: best of k on validation cells."""
     rows = report.rows(query_size=1).assign(
         text=lambda table: [with_interval(row) for row in table.itertuples()],
         at=lambda table: [
@@ -233,18 +208,3 @@ def area_table(scores: pd.DataFrame) -> pd.DataFrame:
         margin, hit = part["margin"].to_numpy(), part["exact_hit@1"].to_numpy()
         rows[shown(encoder)] = {"area": coverage_area(margin, hit), "accuracy over all queries": hit.mean()}
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False).round(3)
-
-
-def with_interval(row) -> str:
-    """`0.181 [0.150, 0.215]` from a row with estimate, ci_low and ci_high."""
-    return f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
-
-
-def difference(row) -> str:
-    """`+0.012 [-0.004, +0.028]` from a row with difference, low and high."""
-    return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-
-
-def spread(value: float, n_repeats: int) -> str:
-    """`0.004 (3)`: the standard deviation between repeats and their number."""
-    return f"– ({n_repeats})" if pd.isna(value) else f"{value:.3f} ({n_repeats})"
