@@ -25,7 +25,7 @@ from .pipeline import fit_code
 from .readouts import readout_name
 from .runs import outputs_root, write_table
 from .screen import Screen
-from .wording import with_interval
+from .wording import difference, spread, with_interval
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def build_report(
 ) -> Report:
     """Compare the finished runs of a dataset and write its tables as CSV.
 
-    comparison.csv (estimates), contrasts.csv (paired differences and verdicts), readouts.csv, null_control.csv and
-    headline.csv (see `headline_table`).
+    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv, and as
+    text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
 
     Parameters
     ----------
@@ -169,7 +169,8 @@ def build_report(
     ]
     for name, tables in (
         ("comparison", [part.table for part in parts]),
-        ("contrasts", [part.contrasts for part in parts]),
+        ("differences", [part.contrasts for part in parts]),
+        ("contrasts", [contrast_table(part, "baseline", "adapting", "pretraining") for part in parts]),
         ("null_control", [part.verdicts for part in parts]),
         ("readouts", [part.readouts.drop(columns=["available", "request"]) for part in parts]),
         ("headline", [headline_table(part) for part in parts]),
@@ -205,6 +206,35 @@ def headline_table(report: Report) -> pd.DataFrame:
                 else against.get(row.encoder, roles[row.encoder]),
             }
             for row in report.single().itertuples()
+        ]
+    )
+
+
+def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
+    """Paired differences with their verdicts; see `perturbret.contrasts.contrasts`."""
+    rows = report.contrasts[report.contrasts["question"].isin(questions)]
+    rows = rows.sort_values(
+        ["question", "difference"],
+        key=lambda c: c.map(questions.index) if c.name == "question" else -c,
+    )
+    return pd.DataFrame(
+        [
+            {
+                "question": row.question,
+                "method": shown(row.encoder),
+                "exact_hit@1": f"{row.estimate:.3f}",
+                "against": f"{row.mask} instead of {row.against}"
+                if row.question == "mask"
+                else shown(row.against),
+                "has": f"{row.other:.3f}",
+                "at": readout_name(row.scoring, row.library),
+                "difference": difference(row),
+                "spread": spread(row.spread, row.n_repeats),
+                "p (Holm)": "" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}",
+                "verdict": row.verdict,
+                "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
+            }
+            for row in rows.itertuples()
         ]
     )
 

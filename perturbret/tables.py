@@ -134,35 +134,6 @@ def readout_table(report: Report) -> pd.DataFrame:
     return wide.rename(index=shown).rename_axis(index="method", columns=None)
 
 
-def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
-    """Paired differences with their verdicts; see `perturbret.contrasts.contrasts`."""
-    rows = report.contrasts[report.contrasts["question"].isin(questions)]
-    rows = rows.sort_values(
-        ["question", "difference"],
-        key=lambda c: c.map(questions.index) if c.name == "question" else -c,
-    )
-    return pd.DataFrame(
-        [
-            {
-                "question": row.question,
-                "method": shown(row.encoder),
-                "exact_hit@1": f"{row.estimate:.3f}",
-                "against": f"{row.mask} instead of {row.against}"
-                if row.question == "mask"
-                else shown(row.against),
-                "has": f"{row.other:.3f}",
-                "at": readout_name(row.scoring, row.library),
-                "difference": difference(row),
-                "spread": spread(row.spread, row.n_repeats),
-                "p (Holm)": "" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}",
-                "verdict": row.verdict,
-                "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
-            }
-            for row in rows.itertuples()
-        ]
-    )
-
-
 def pool_table(report: Report) -> pd.DataFrame:
     """exact_hit@1 by cells per query, scores pooled, in the order of the single cells; few queries, wide intervals."""
     rows = report.rows(primary=True)

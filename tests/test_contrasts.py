@@ -16,7 +16,9 @@ def method(encoder, role, validation, **changes):
     return row | {"mode": "", "init": "", "members": ""} | changes
 
 
-def hits(encoder, rates, *, mask="all_targets", seeds=(0, 1, 2), readouts=(("classifier", "none"),), noise=0.0):
+def hits(
+    encoder, rates, *, mask="all_targets", seeds=(0, 1, 2), readouts=(("classifier", "none"),), noise=0.0
+):
     """Per-query scores: 20 cells of each condition, every read-out with the same hits but for a shift by its place."""
     rows = []
     for seed in seeds:
@@ -27,7 +29,18 @@ def hits(encoder, rates, *, mask="all_targets", seeds=(0, 1, 2), readouts=(("cla
                 for cell in range(20):
                     hit = float(cell < round(20 * share))
                     rows.append(
-                        (encoder, mask, seed, scoring, library, 1, f"q{i:02d}-{cell:02d}", f"G{i:02d}", hit, hit)
+                        (
+                            encoder,
+                            mask,
+                            seed,
+                            scoring,
+                            library,
+                            1,
+                            f"q{i:02d}-{cell:02d}",
+                            f"G{i:02d}",
+                            hit,
+                            hit,
+                        )
                     )
     columns = "encoder mask seed scoring library query_size query_id condition exact_hit@1 mrr".split()
     return pd.DataFrame(rows, columns=columns)
@@ -91,7 +104,9 @@ def test_all_questions_about_methods_are_one_family():
             method("head_random", "tuned", 0.2, mode="head", init="random", members=1),
         ]
     )
-    scores = pd.concat([hits(name, RATES - 0.1) for name in ("frozen", "head", "head_random")] + [hits("b", RATES)])
+    scores = pd.concat(
+        [hits(name, RATES - 0.1) for name in ("frozen", "head", "head_random")] + [hits("b", RATES)]
+    )
     table = contrasts(scores, readouts)
     asked = {(row.question, row.encoder, row.against) for row in table.itertuples()}
     assert asked == {
@@ -105,14 +120,23 @@ def test_both_sides_stand_at_the_same_readout_whatever_was_chosen_for_them():
     readouts = pd.DataFrame(
         [
             method("b", "simple", 0.4),
-            method("headless", "simple", 0.3, available={("whitened", "mean")}, scoring="whitened", library="mean"),
+            method(
+                "headless",
+                "simple",
+                0.3,
+                available={("whitened", "mean")},
+                scoring="whitened",
+                library="mean",
+            ),
         ]
     )
     sides = (("classifier", "none"), ("whitened", "mean"))
     scores = pd.concat([hits("b", RATES, readouts=sides), hits("headless", RATES, readouts=sides[1:])])
     (row,) = contrasts(scores, readouts).itertuples()
     assert (row.scoring, row.library) == ("whitened", "mean")
-    assert row.other == pytest.approx(scores.query("encoder == 'b' and scoring == 'whitened'")["exact_hit@1"].mean())
+    assert row.other == pytest.approx(
+        scores.query("encoder == 'b' and scoring == 'whitened'")["exact_hit@1"].mean()
+    )
 
 
 def test_nuisance_is_no_baseline_and_what_exceeds_it_gets_an_interval_and_no_verdict():
@@ -129,7 +153,10 @@ def test_nuisance_is_no_baseline_and_what_exceeds_it_gets_an_interval_and_no_ver
 
 def test_masks_are_a_family_of_their_own_at_one_readout():
     readouts = pd.DataFrame(
-        [method("a", "simple", 0.4), method("a", "simple", 0.5, mask="own_targets", scoring="whitened", library="mean")]
+        [
+            method("a", "simple", 0.4),
+            method("a", "simple", 0.5, mask="own_targets", scoring="whitened", library="mean"),
+        ]
     )
     both = (("classifier", "none"), ("whitened", "mean"))
     scores = pd.concat(

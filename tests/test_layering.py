@@ -33,8 +33,8 @@ LAYERS = {
     ),
     "bookkeeping": (
         "__main__ audit compare contenders contrasts coverage execute figures grid html index parameters pipeline "
-        "pretraining_report pretraining_run progress provenance readouts report runs sentences tables training_report wording "
-        "workflow"
+        "pretraining_report pretraining_run progress provenance readouts report runs sentences tables "
+        "training_report wording workflow"
     ),
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
