@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from .conditions import CTRL
 from .library import KINDS
 from .metrics import chance, per_query, rank_top, relevance, top_conditions
-from .nulls import luck, luck_p_values
+from .nulls import ALPHAS, detectable_leak, luck, luck_p_values
 from .prepare import Prepared
-from .scoring import POOLINGS, SCORINGS, candidate_names, score_queries
+from .scoring import LIBRARY_ROLES, POOLINGS, SCORINGS, Scored, candidate_names, score_queries
 from .stats import AVERAGES, cluster_bootstrap, query_bootstrap
 
 QUERY_SIZES = (1, 5, 10, 20, 50)
@@ -64,7 +65,9 @@ def evaluate(
         One row per query and read-out: query_id, condition, batch (where the screen has one), library (`none`
         for classifier scorings), query_size, pooling (`single` for size 1), candidates, scoring, the columns
         of `metrics.per_query`, n_candidates, n_relevant (candidates of relevance 1 or 2), top10 (joined by
-        `|`).
+        `|`). Where the screen has batches, for single cells, batch_n_candidates, the number of candidates with
+        library cells in the query's batch, and batch_hit@1, the chance that the true condition is first among
+        them; both NaN where they are fewer than two or the true condition is none of them.
 
     Raises
     ------
@@ -88,6 +91,7 @@ def evaluate(
         seed=seed,
     )
     tables, of_size = [], {}
+    in_batch = _conditions_by_batch(prepared, candidates)
     for readout in scored:
         queries = readout.queries
         if queries.size not in of_size:
@@ -99,6 +103,8 @@ def evaluate(
         columns |= {"library": readout.library, "query_size": queries.size, "pooling": readout.pooling}
         columns |= {"candidates": candidates, "scoring": readout.scoring}
         columns |= dict(per_query(readout.scores, levels))
+        if queries.size == 1 and queries.batch is not None:
+            columns |= _batch_hits(readout, names, in_batch)
         columns |= {"n_candidates": len(names), "n_relevant": (levels > 0).sum(axis=1)}
         columns["top10"] = ["|".join(row) for row in top_conditions(readout.scores, names, 10).tolist()]
         tables.append(pd.DataFrame(columns))
@@ -148,6 +154,42 @@ def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -
     return pd.concat(tables, ignore_index=True)
 
 
+def within_batch(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """How often single cells are ranked right among the conditions of their own batch: what no batch effect helps.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        From `evaluate`, of one run or of several with columns `encoder` and `mask`.
+    n_resamples : int
+        Bootstrap resamples of conditions.
+    seed : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per encoder, mask (where there are such columns), library and scoring: `estimate`, mean batch_hit@1;
+        `chance`, mean of 1 / batch_n_candidates over the same queries; `excess`, their difference, with `ci_low` and
+        `ci_high` (95%, conditions resampled); n_queries, n_conditions, n_candidates (mean). No row where no batch
+        holds two candidates.
+    """
+    keys = [name for name in ("encoder", "mask", "library", "candidates", "scoring") if name in scores]
+    rows = []
+    if "batch_hit@1" in scores:
+        judged = scores[(scores["query_size"] == 1) & scores["batch_hit@1"].notna()]
+        for key, part in judged.groupby(keys, sort=True):
+            hit, n = part["batch_hit@1"].to_numpy(float), part["batch_n_candidates"].to_numpy(float)
+            found = cluster_bootstrap(
+                hit - 1 / n, part["condition"].to_numpy(str), n_resamples=n_resamples, seed=seed
+            )
+            row = dict(zip(keys, key, strict=True)) | {"estimate": hit.mean(), "chance": (1 / n).mean()}
+            row |= {"excess": found.estimate[0], "ci_low": found.low[0], "ci_high": found.high[0]}
+            row |= {"n_queries": len(part), "n_conditions": part["condition"].nunique()}
+            rows.append(row | {"n_candidates": n.mean()})
+    columns = [*keys, "estimate", "chance", "excess", "ci_low", "ci_high", "n_queries", "n_conditions"]
+    return pd.DataFrame(rows, columns=[*columns, "n_candidates"])
+
+
 def null_control(
     encoder,
     prepared: Prepared,
@@ -180,7 +222,9 @@ def null_control(
         One row per library and scoring, for single cells: estimate, ci_low, ci_high; chance; class_prior, the
         share of the most common condition among the queries; luck, what the same predictions hit on average
         when the query labels are permuted within batch; p_value, one-sided, of hitting so often by luck;
-        n_queries. A small p-value says that masking or another part of the pipeline gave the labels away.
+        n_queries; `detectable@ALPHA` for each of `nulls.ALPHAS`, the smallest share of queries whose label would
+        have to be given away for p < ALPHA with 80% power. A small p-value says that masking or another part of the
+        pipeline gave the labels away.
     """
     encoder.context.check(prepared.context)
     readouts = list(
@@ -216,7 +260,39 @@ def null_control(
             "p_value": luck_p_values(tops, true, queries.batch, n_permutations=n_permutations, seed=seed),
             "n_queries": len(queries),
         }
+        | {
+            f"detectable@{alpha}": [
+                detectable_leak(top, true, queries.batch, alpha=alpha, n_permutations=n_permutations)
+                for top in tops
+            ]
+            for alpha in ALPHAS
+        }
     )
+
+
+def _conditions_by_batch(prepared: Prepared, candidates: str) -> dict[str, np.ndarray]:
+    """Sorted conditions with library cells in each batch; empty where the screen names no batches."""
+    if prepared.cells.batch is None:
+        return {}
+    cells = np.isin(prepared.roles, LIBRARY_ROLES[candidates]) & (prepared.conditions != CTRL)
+    table = pd.DataFrame({"batch": prepared.cells.batch[cells], "condition": prepared.conditions[cells]})
+    return {str(name): np.unique(part.to_numpy(str)) for name, part in table.groupby("batch")["condition"]}
+
+
+def _batch_hits(
+    readout: Scored, names: Sequence[str], in_batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Columns batch_hit@1 and batch_n_candidates of single-cell queries; ties in expectation."""
+    queries = readout.queries
+    hit, n = np.full(len(queries), np.nan), np.full(len(queries), np.nan)
+    for batch, conditions in in_batch.items():
+        rows = np.flatnonzero((queries.batch == batch) & np.isin(queries.conditions, conditions))
+        if len(conditions) < 2 or not len(rows):
+            continue
+        first = rank_top(readout.scores[np.ix_(rows, np.searchsorted(names, conditions))])
+        hit[rows] = first[np.arange(len(rows)), np.searchsorted(conditions, queries.conditions[rows])]
+        n[rows] = len(conditions)
+    return {"batch_hit@1": hit, "batch_n_candidates": n}
 
 
 def _chance_levels(scores: pd.DataFrame, metrics: list[str]) -> np.ndarray:

@@ -4,9 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from scipy.stats import binom, norm, poisson
 
 from .conditions import CTRL
 
+# Levels of one test at which `null_control` gives the smallest leak that it sees: of a run's own page, and of families.
+ALPHAS = (0.05, 0.01, 0.001, 0.0002)
+POWER = 0.8
 # Shuffled labels held at a time.
 _CHUNK = 4_000_000
 
@@ -127,6 +132,152 @@ def luck_p_values(
         hits = np.array([predictions.hits(shuffled) for predictions in hits_of])
         extreme += (hits >= observed[:, None] - 1e-9 * len(labels)).sum(axis=1)
     return (1 + extreme) / (1 + n_permutations)
+
+
+def detectable_leak(
+    top: np.ndarray,
+    true: np.ndarray,
+    batch: np.ndarray | None = None,
+    *,
+    alpha: float,
+    power: float = POWER,
+    n_permutations: int = 9999,
+) -> float:
+    """Smallest leak that `luck_p_values` finds with the given power: share of queries whose label is given away.
+
+    A leak of share s puts the true condition first for s of the queries, drawn at random, and leaves the predictions
+    of the others as they are. Hits by luck have the mean and variance of permutations within batch (Hoeffding 1951, A
+    combinatorial central limit theorem, Ann Math Stat 22:558), with the leak among the predictions; their tail is taken
+    from the binomial distribution of that mean and variance.
+
+    Parameters
+    ----------
+    top, true, batch
+        As in `luck`: predictions of an encoder that was fitted on permuted labels, and these labels.
+    alpha : float
+        Level of the test. With m runs in a family, at least 0.05 / m (Holm's smallest).
+    power : float
+        Probability of p < `alpha`.
+    n_permutations : int
+        Of the test; it can never say less than 1 / (1 + n_permutations).
+
+    Returns
+    -------
+    float
+        From 1 / q to 1; NaN where not even a leak of all labels would be found.
+
+    Raises
+    ------
+    ValueError
+        `alpha` or `power` is not between 0 and 1.
+    """
+    for name, value in (("alpha", alpha), ("power", power)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+    if alpha <= 1 / (1 + n_permutations):
+        return float("nan")
+    n, moments = len(true), _LuckMoments.of(top, true, batch)
+    base_mean, base_variance = moments.at(0.0)
+
+    def found(k: int) -> float:
+        """Power where k queries are given away."""
+        hits_by_luck = _distribution(*moments.at(k / n), n)
+        least = hits_by_luck.isf(alpha) + 1  # the first number of hits with a tail below alpha
+        others = _distribution(base_mean * (1 - k / n), base_variance * (1 - k / n), n)
+        return others.sf(least - k - 1)
+
+    # Not monotone over the first few queries, where hits are whole numbers: the first k from which power suffices.
+    low, high = 0, int((true >= 0).sum())
+    if found(high) < power:
+        return float("nan")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if found(middle) >= power else (middle, high)
+    return high / n
+
+
+def detectable_in_family(row: pd.Series, m: int) -> float:
+    """Smallest leak that a row of `evaluate.null_control` finds when it is one of m runs, in the worst case of Holm.
+
+    Between the levels of `ALPHAS` it is interpolated on the scale of normal quantiles. NaN where none is found, or
+    where 0.05 / m is below the smallest level.
+    """
+    if m < 1:
+        raise ValueError(f"m: expected at least one run, got {m}")
+    known = np.array([row[f"detectable@{alpha}"] for alpha in ALPHAS], np.float64)
+    if 0.05 / m < min(ALPHAS):
+        return float("nan")
+    return float(np.interp(norm.isf(0.05 / m), norm.isf(ALPHAS), known))
+
+
+def null_limits(row: pd.Series, m: int | None = None) -> str:
+    """What a null control that holds does not exclude, in one sentence.
+
+    `row` is one of `evaluate.null_control`; `m` the number of runs whose p-values are adjusted together, None for the
+    page of one run, which judges at p < 0.01.
+    """
+    leak = row["detectable@0.01"] if m is None else detectable_in_family(row, m)
+    level = "at p < 0.01" if m is None else f"among {m} runs, Holm-adjusted"
+    seen = (
+        f"with {POWER:.0%} power ({level}) it finds a leak that gives away the label of {leak:.1%} of the cells or more"
+        if np.isfinite(leak)
+        else f"it would find no leak, however large ({level})"
+    )
+    return (
+        f"The null control detects only leaks that follow the permuted labels; on these {int(row['n_queries']):,} "
+        f"queries {seen}. A column that names the guide, a target under another name or a repeated cell keeps its true "
+        "label and is not seen by it."
+    )
+
+
+@dataclass(frozen=True)
+class _LuckMoments:
+    """Mean and variance of hits when labels are permuted within batch, for a share of queries given away.
+
+    Per batch (rows): its queries `n`; of the predictions and of the labels themselves, (2, batches), the sum over
+    queries of the mean hits `hit` and of the spread `spread` around it; and (2, batches, c) the summed probabilities
+    `named`; `shares` (batches, c) of the labels.
+    """
+
+    n: np.ndarray
+    hit: np.ndarray
+    spread: np.ndarray
+    named: np.ndarray
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, top: np.ndarray, true: np.ndarray, batch: np.ndarray | None) -> "_LuckMoments":
+        parts = []
+        labels = np.zeros_like(top)
+        known = np.flatnonzero(true >= 0)
+        labels[known, true[known]] = 1
+        for rows in _strata([] if batch is None else [batch], len(true)):
+            shares = labels[rows].mean(axis=0)
+            both = np.stack([top[rows], labels[rows]])
+            means = both @ shares
+            spread = (both**2 @ shares - means**2).sum(axis=1)
+            parts.append((len(rows), means.sum(axis=1), spread, both.sum(axis=1), shares))
+        n, hit, spread, named, shares = (np.array(part, np.float64) for part in zip(*parts, strict=True))
+        return cls(n, hit.T, spread.T, named.swapaxes(0, 1), shares)
+
+    def at(self, share: float) -> tuple[float, float]:
+        """Mean and variance of the hits by luck when a random `share` of the queries is given away."""
+        weights = np.array([1 - share, share])
+        mean = weights @ self.hit
+        # Sum over queries and labels of (a - row mean - column mean + mean)^2 by the two-way decomposition.
+        named = np.tensordot(weights, self.named, axes=1) / self.n[:, None]
+        columns = (self.shares * named**2).sum(axis=1) - (mean / self.n) ** 2
+        sum_of_squares = self.n * (weights @ self.spread) - self.n**2 * columns
+        variance = np.divide(sum_of_squares, self.n - 1, out=np.zeros_like(self.n), where=self.n > 1)
+        return float(mean.sum()), float(np.maximum(variance, 0).sum())
+
+
+def _distribution(mean: float, variance: float, n: int):
+    """Binomial of that mean and variance; a Poisson where the variance is not below the mean."""
+    if variance >= mean * (1 - 1e-9):
+        return poisson(mean)
+    p = max(1 - variance / mean, mean / n) if variance > 0 else 1.0
+    return binom(max(1, round(mean / p)), min(1.0, mean / max(1, round(mean / p))))
 
 
 @dataclass(frozen=True)
