@@ -11,6 +11,7 @@ import pandas as pd
 
 from .contenders import CEILING, role_of
 from .masking import UNSAFE
+from .nulls import detectable_in_family
 from .readouts import FIXED, LIBRARIES, choose_readout, read_validation
 from .runs import TUNED, read_manifest
 from .stats import holm, repeated_mean
@@ -177,7 +178,8 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
         role = role_of(params["encoder"], mask, TUNED)
         if role == "ceiling":  # only its posterior bounds other methods, not a cosine of its likelihoods
             validation = validation[validation["scoring"] == "classifier"]
-        choice = choose_readout(validation, n_resamples=n_resamples)
+        # What is to be exceeded stands at its best: no standard error is given away.
+        choice = choose_readout(validation, n_errors=float(role != "nuisance"), n_resamples=n_resamples)
         chosen = group[0].manifest["fit"]["chosen"] if role == "tuned" else {}
         row = {
             "encoder": encoder,
@@ -270,7 +272,9 @@ def estimates(scores: pd.DataFrame) -> pd.DataFrame:
             for average in ("micro", "macro") if key["primary"] else ("micro",):
                 mean = repeated_mean(matrix, queries["condition"], average=average)
                 row = {**key, "metric": metric, "average": average, "estimate": mean.estimate}
-                rows.append(row | {"ci_low": mean.low, "ci_high": mean.high, "spread": mean.spread})
+                # Every metric lies between 0 and 1, and so does its mean.
+                low, high = np.clip([mean.low, mean.high], 0, 1)
+                rows.append(row | {"ci_low": low, "ci_high": high, "spread": mean.spread})
     return pd.DataFrame(rows)
 
 
@@ -280,14 +284,17 @@ def null_verdicts(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Rows of null_control.csv plus `p_holm` and `holds` (adjusted p at least 0.05). Adjusted over all runs; those
-        under an unsafe mask are a family of their own.
+        Rows of null_control.csv plus `p_holm` and `holds` (adjusted p at least 0.05), and `detectable`, the smallest
+        leak that it finds with 80% power, as a share of cells (NaN: none). Adjusted over all runs; those under an
+        unsafe mask are a family of their own.
     """
     nulls = pd.concat([run.table("null_control").assign(run=run.name) for run in runs], ignore_index=True)
     nulls = nulls.merge(readouts[["encoder", "mask", "scoring", "library"]])
     unsafe = nulls["mask"].isin(UNSAFE)
     for family in (unsafe, ~unsafe):
         nulls.loc[family, "p_holm"] = holm(nulls.loc[family, "p_value"].to_numpy()) if family.any() else []
+        limits = [detectable_in_family(row, int(family.sum())) for _, row in nulls[family].iterrows()]
+        nulls.loc[family, "detectable"] = np.array(limits, float)
     nulls["holds"] = ~(nulls["p_holm"] < 0.05)
     return nulls
 

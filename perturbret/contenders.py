@@ -24,7 +24,7 @@ def role_of(encoder: str, mask: str, tuned: str = "scgpt") -> str:
 
 
 def first_of(readouts: pd.DataFrame, mask: str, *roles: str) -> str | None:
-    """The method of these roles that is best on validation cells under `mask`; None without any.
+    """The method of these roles whose best read-out hits most validation cells under `mask`; None without any.
 
     The best method is the first of `simple` and `tuned`, the baseline the first of `simple`: a nuisance opponent is
     neither.
@@ -38,8 +38,7 @@ def first_of(readouts: pd.DataFrame, mask: str, *roles: str) -> str | None:
         Some of `ROLES`.
     """
     rows = readouts[(readouts["mask"] == mask) & readouts["role"].isin(roles)]
-    rows = rows.assign(validation=rows["validation"].round(9))
-    rows = rows.sort_values(["validation", "encoder"], ascending=[False, True])
+    rows = rows.assign(best=rows["best"].round(9)).sort_values(["best", "encoder"], ascending=[False, True])
     return rows["encoder"].iloc[0] if len(rows) else None
 
 

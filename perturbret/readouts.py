@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# In order of preference among read-outs that validation cells do not tell apart: the simpler first.
-SCORINGS = ("cosine", "classifier", "whitened", "classifier_corrected")
+# In order of preference among read-outs that validation cells do not tell apart: the simpler first. A method's own
+# classifier needs nothing beside the method; whitening needs a covariance.
+SCORINGS = ("classifier", "cosine", "whitened", "classifier_corrected")
 LIBRARIES = ("none", "mean", "bootstrap", "raw_cell")
 # Shown beside the others, and never the read-out that stands for a method: it answers another question (all
 # conditions equally likely).
@@ -26,6 +27,8 @@ class Choice:
     scoring, library : str
     validation : float
         Its exact_hit@1 on the validation cells of all seeds.
+    best : float
+        That of the best read-out, by which methods are chosen.
     n_readouts : int
         Among how many it was chosen.
     stability : float
@@ -35,6 +38,7 @@ class Choice:
     scoring: str
     library: str
     validation: float
+    best: float
     n_readouts: int
     stability: float
 
@@ -56,7 +60,9 @@ def read_validation(directory: Path, libraries=LIBRARIES) -> pd.DataFrame:
     return table[table["library"].isin(["none", *libraries]) & (table["scoring"] != VARIANT)]
 
 
-def choose_readout(validation: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> Choice:
+def choose_readout(
+    validation: pd.DataFrame, *, n_errors: float = 1.0, n_resamples: int = 1000, seed: int = 0
+) -> Choice:
     """The simplest read-out that is within one standard error of the best on validation cells.
 
     The standard error is that of the paired difference to the best, with the condition as the unit (Breiman et al.
@@ -67,6 +73,8 @@ def choose_readout(validation: pd.DataFrame, *, n_resamples: int = 1000, seed: i
     ----------
     validation : pandas.DataFrame
         From `read_validation`, of one seed or of several put together.
+    n_errors : float
+        How many standard errors are no difference; 0: the best, whatever it takes.
     n_resamples : int
         How often conditions are drawn anew, with all their cells in all seeds, for the stability.
     seed : int
@@ -79,12 +87,12 @@ def choose_readout(validation: pd.DataFrame, *, n_resamples: int = 1000, seed: i
     sizes = validation.groupby("condition", observed=True).size() / sums.shape[1]
     hits, cells = sums.to_numpy(float), sizes.loc[sums.index].to_numpy(float)
     groups = len(cells)
-    (own,) = _simplest(hits, cells, np.ones((1, groups)))
+    (own,) = _simplest(hits, cells, np.ones((1, groups)), n_errors)
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=n_resamples)
-    again = _simplest(hits, cells, drawn.astype(float))
-    scoring, library = sums.columns[own]
+    again = _simplest(hits, cells, drawn.astype(float), n_errors)
+    means = hits.sum(axis=0) / cells.sum()
     return Choice(
-        scoring, library, hits[:, own].sum() / cells.sum(), sums.shape[1], float((again == own).mean())
+        *sums.columns[own], float(means[own]), float(means.max()), len(means), float((again == own).mean())
     )
 
 
@@ -104,7 +112,7 @@ def readout_name(scoring: str, library: str) -> str:
     return scoring if library == "none" else f"{scoring}, {library} library"
 
 
-def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray, n_errors: float) -> np.ndarray:
     """Column of `hits` (G, K) chosen in each resample; `weights` (B, G) say how often a condition was drawn."""
     total, groups = weights @ cells, len(cells)
     # Rounded, so that sums of hits in another order are equal.
@@ -117,5 +125,5 @@ def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.nd
         gap = w @ behind / n
         squares = w @ behind**2 - 2 * gap * (w @ (behind * cells[:, None])) + gap**2 * (w @ cells**2)[:, None]
         error = np.sqrt(np.maximum(squares, 0) * groups / max(groups - 1, 1)) / n
-        chosen[rows] = (gap <= error * (groups > 1) + 1e-9).argmax(axis=1)
+        chosen[rows] = (gap <= n_errors * error * (groups > 1) + 1e-9).argmax(axis=1)
     return chosen

@@ -78,7 +78,7 @@ class Report:
 
     @property
     def best(self) -> str | None:
-        """The method that reads expression and is best on validation cells under the leak-free mask."""
+        """The method that reads expression and is best on validation cells under the mask of the headline."""
         return first_of(self.readouts, LEAK_FREE, "simple", "tuned")
 
     @property
@@ -126,8 +126,8 @@ def build_report(
 ) -> Report:
     """Compare the finished runs of a dataset and write its tables as CSV.
 
-    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv, and as
-    text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
+    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv, and
+    as text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def build_report(
     Raises
     ------
     FileNotFoundError
-        No finished run under the leak-free mask.
+        No finished run under the mask all_targets.
     """
     root = outputs_root(outputs) / screen.name
     finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=fit_code)
@@ -274,7 +274,7 @@ def save_figure(report: Report, figure, name: str) -> None:
 def validity(report: Report) -> pd.DataFrame:
     """Null-control verdict by encoder and mask: runs that hold, INVALID where one does not.
 
-    `detectable` is the largest over the runs: the smallest planted leak that the control finds with 80% power.
+    `detectable` is that of the run which finds least: the smallest leak found with 80% power, infinite for none.
     """
     rows = []
     for (encoder, mask), part in report.verdicts.groupby(["encoder", "mask"]):
@@ -285,7 +285,7 @@ def validity(report: Report) -> pd.DataFrame:
             name: part[name].mean()
             for name in ("estimate", "ci_low", "ci_high", "luck", "class_prior", "chance")
         }
-        row["detectable"] = part["detectable"].max() if "detectable" in part else np.nan
+        row["detectable"] = part["detectable"].fillna(np.inf).max()
         rows.append({**row, "verdict": verdict})
     return pd.DataFrame(rows)
 

@@ -1,5 +1,6 @@
 """What follows from the tables, in Markdown sentences computed from them."""
 
+import numpy as np
 import pandas as pd
 
 from .compare import LEAK_FREE
@@ -8,6 +9,7 @@ from .contenders import CEILING
 from .contrasts import MIN_REPEATS
 from .masking import UNSAFE
 from .metrics import coverage_area
+from .nulls import null_limits
 from .readouts import readout_name
 from .report import Report, validity
 from .runs import Run
@@ -75,13 +77,9 @@ def evaluation_summary(
         )
     control = null[(null["library"] == library) & (null["scoring"] == scoring)].iloc[0]
     state = "above luck" if control.p_value < 0.01 else "in line with luck"
-    limit = ""
-    if "detectable" in null:
-        limit = f", from {percent(control.detectable)} of cells on with 80% power"
     lines.append(
         f"Null control: shuffled labels reach {percent(control.estimate)} {span(control.ci_low, control.ci_high)}, "
-        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}. It detects only leaks that "
-        f"follow the permuted labels{limit}."
+        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}. {null_limits(control)}"
     )
     if run.params["mask"] in UNSAFE:
         lines.append(
@@ -195,13 +193,12 @@ def _null_lines(report: Report) -> list[str]:
     found = validity(report)
     safe, unsafe = found[~found["mask"].isin(UNSAFE)], found[found["mask"].isin(UNSAFE)]
     bad, runs = safe[safe["verdict"] == "INVALID"], int(safe["runs"].sum())
-    limit = "It detects only leaks that follow the permuted labels"
-    if safe["detectable"].notna().any():
-        limit += f", from {percent(safe['detectable'].max())} of cells on with 80% power"
+    own = report.verdicts[~report.verdicts["mask"].isin(UNSAFE)]
+    weakest = own.loc[own["detectable"].fillna(np.inf).idxmax()]
     held = runs - int(safe["not holding"].sum())
     line = (
         f"**Null control** (labels permuted, same pipeline; masks {', '.join(sorted(set(safe['mask'])))}): holds in "
-        f"{held} of {_times(runs, 'run')}. {limit}."
+        f"{held} of {_times(runs, 'run')}. {null_limits(weakest, runs)}"
     )
     if len(bad):
         names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())

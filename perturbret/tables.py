@@ -155,9 +155,9 @@ def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
 
 
 def null_table(report: Report) -> pd.DataFrame:
-    """The null control by method and mask, in text; `detectable` where the smallest leak that it finds is known."""
+    """The null control by method and mask, with the smallest leak that it would find."""
     found = validity(report)
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "method": [shown(name) for name in found["encoder"]],
             "mask": found["mask"],
@@ -166,10 +166,9 @@ def null_table(report: Report) -> pd.DataFrame:
             "exact_hit@1, permuted labels": [with_interval(row) for row in found.itertuples()],
             "luck": [f"{value:.3f}" for value in found["luck"]],
             "verdict": found["verdict"],
-            "detectable": [f"{value:.3f}" for value in found["detectable"]],
+            "finds from, share of cells": [f"{value:.3f}" for value in found["detectable"]],
         }
     )
-    return table.drop(columns="detectable") if found["detectable"].isna().all() else table
 
 
 def area_table(scores: pd.DataFrame) -> pd.DataFrame:

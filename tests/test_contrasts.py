@@ -11,7 +11,7 @@ BOTH = {("classifier", "none"), ("whitened", "mean")}
 
 
 def method(encoder, role, validation, **changes):
-    row = {"encoder": encoder, "mask": "all_targets", "role": role, "validation": validation}
+    row = {"encoder": encoder, "mask": "all_targets", "role": role, "best": validation}
     row |= {"scoring": "classifier", "library": "none", "available": BOTH, "request": {}}
     return row | {"mode": "", "init": "", "members": ""} | changes
 

@@ -42,19 +42,21 @@ def test_the_best_wins_where_it_is_clearly_better():
 def test_within_one_standard_error_the_simpler_wins():
     # Differences of 0.6 and -0.4 in turn: mean 0.1, standard error over 10 conditions 0.167.
     better, simple = [0.8, 0.3] * 5, [0.2, 0.7] * 5
-    hits = {("cosine", "mean"): table_of(simple), ("classifier", "none"): table_of(better)}
+    hits = {("cosine", "mean"): table_of(simple), ("whitened", "mean"): table_of(better)}
     found = choose_readout(validation(hits))
     assert found.scoring == "cosine" and found.validation == pytest.approx(0.45)
     assert 0.3 < found.stability < 1
+    assert found.best == pytest.approx(0.55)
+    assert choose_readout(validation(hits), n_errors=0).scoring == "whitened"
 
 
 def test_the_standard_error_is_that_of_paired_conditions():
     # The same mean difference of 0.1, alike in every condition: no standard error to hide behind.
     hits = {
         ("cosine", "mean"): table_of([0.1, 0.8] * 5),
-        ("classifier", "none"): table_of([0.2, 0.9] * 5),
+        ("whitened", "mean"): table_of([0.2, 0.9] * 5),
     }
-    assert choose_readout(validation(hits)).scoring == "classifier"
+    assert choose_readout(validation(hits)).scoring == "whitened"
 
 
 def test_seeds_add_cells_and_no_conditions():
@@ -69,8 +71,8 @@ def test_seeds_add_cells_and_no_conditions():
 
 
 def test_one_condition_has_no_standard_error():
-    hits = {("cosine", "mean"): table_of([0.4]), ("classifier", "none"): table_of([0.5])}
-    assert choose_readout(validation(hits)).scoring == "classifier"
+    hits = {("cosine", "mean"): table_of([0.4]), ("whitened", "mean"): table_of([0.5])}
+    assert choose_readout(validation(hits)).scoring == "whitened"
 
 
 def test_the_prior_corrected_variant_and_libraries_that_were_not_evaluated_are_left_out(tmp_path):
