@@ -108,8 +108,8 @@ def common_readout(one: set, other: set) -> tuple[str, str] | None:
 
 
 def readout_name(scoring: str, library: str) -> str:
-    """`classifier`, or `whitened, mean library`."""
-    return scoring if library == "none" else f"{scoring}, {library} library"
+    """`classifier`, or scoring and library: `whitened, mean`."""
+    return scoring if library == "none" else f"{scoring}, {library}"
 
 
 def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray, n_errors: float) -> np.ndarray:

@@ -165,13 +165,17 @@ def _tuned_lines(report: Report) -> list[str]:
     if report.tuned is None or _no_conclusion(report):
         return []
     row, parts = _row(report, report.tuned), []
-    for question, named in (("baseline", ""), ("adapting", "frozen, "), ("pretraining", "random weights, ")):
+    for question, named in (
+        ("baseline", "{}"),
+        ("adapting", "frozen ({})"),
+        ("pretraining", "random weights ({})"),
+    ):
         found = report.asked(question)
         if report.tuned in found.index:
             one = found.loc[report.tuned]
             parts.append(
-                f"against {named}{plain(one.against)} {percent(one.difference, True)} {span(one.low, one.high, True)} "
-                f"({readout_name(one.scoring, one.library)}), {one.verdict}"
+                f"against {named.format(plain(one.against))} {percent(one.difference, True)} "
+                f"{span(one.low, one.high, True)} at {readout_name(one.scoring, one.library)}, {one.verdict}"
             )
     return [
         f"**scGPT's best mode** on validation cells is {plain(report.tuned)}, "

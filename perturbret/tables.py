@@ -82,38 +82,34 @@ def gene_space_table(space: GeneSpace, verified: pd.DataFrame) -> pd.DataFrame:
 
 def method_table(report: Report) -> pd.DataFrame:
     """Every method on single cells, mask all_targets: by itself, over the nuisance, against the baseline."""
-    rows = report.single()
-    macro, mrr = (
-        report.single(**asked).set_index("encoder") for asked in ({"average": "macro"}, {"metric": "mrr"})
-    )
+    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
     nulls = validity(report).set_index(["encoder", "mask"])["verdict"]
     chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")
     against, excess = report.asked("baseline"), report.asked("nuisance")
     table = []
-    for row in rows.itertuples():
+    for row in report.single().itertuples():
         name, choice = row.encoder, chosen.loc[row.encoder]
-        stable = f" of {choice.n_readouts}, {choice.stability:.0%}" if choice.n_readouts > 1 else ""
-        contrast = against.loc[name] if name in against.index else None
-        own = {"nuisance": "nuisance", "ceiling": "ceiling", "precomputed": "computed before masking"}
+        stable = f"; best of {choice.n_readouts}, {choice.stability:.0%}" if choice.n_readouts > 1 else ""
+        own = {
+            "nuisance": "reads no expression",
+            "ceiling": "ceiling",
+            "precomputed": "computed before masking",
+        }
         alone = "the baseline" if name == report.baseline else own.get(choice.role, "")
-        table.append(
-            {
-                "method": shown(name),
-                "exact_hit@1": with_interval(row),
-                "spread": spread(row.spread, row.n_repeats),
-                "macro": f"{macro.loc[name, 'estimate']:.3f}",
-                "mrr": f"{mrr.loc[name, 'estimate']:.3f}",
-                f"over {report.nuisance}": difference(excess.loc[name]) if name in excess.index else "",
-                "against the baseline": alone if contrast is None else difference(contrast),
-                "at": "" if contrast is None else readout_name(contrast.scoring, contrast.library),
-                "p (Holm)": "" if contrast is None or pd.isna(contrast.p_holm) else f"{contrast.p_holm:.2g}",
-                "verdict": "" if contrast is None else contrast.verdict,
-                "read-out": readout_name(row.scoring, row.library) + stable,
-                "null control": nulls[name, LEAK_FREE],
-            }
-        )
-    table = pd.DataFrame(table).set_index("method")
-    return table if report.nuisance else table.drop(columns=f"over {report.nuisance}")
+        cells = {"method": shown(name), "exact_hit@1": with_interval(row)}
+        cells |= {"spread": spread(row.spread, row.n_repeats), "mrr": f"{mrr[name]:.3f}"}
+        if report.nuisance:
+            cells[f"over {report.nuisance}"] = difference(excess.loc[name]) if name in excess.index else ""
+        cells |= {"against the baseline": "", "verdict": alone}
+        if name in against.index:
+            found = against.loc[name]
+            p = "" if pd.isna(found.p_holm) else f", p = {found.p_holm:.2g}"
+            at = readout_name(found.scoring, found.library)
+            cells |= {"against the baseline": f"{difference(found)} at {at}", "verdict": found.verdict + p}
+        if nulls[name, LEAK_FREE] != "holds":
+            cells["verdict"] = "; ".join(filter(None, [cells["verdict"], "INVALID: null control"]))
+        table.append({**cells, "read-out": readout_name(row.scoring, row.library) + stable})
+    return pd.DataFrame(table).set_index("method").rename_axis(None)
 
 
 def readout_table(report: Report) -> pd.DataFrame:
@@ -131,7 +127,7 @@ def readout_table(report: Report) -> pd.DataFrame:
     wide["chosen"] = [readout_name(row.scoring, row.library) for row in chosen.itertuples()]
     wide["among"] = chosen["n_readouts"]
     wide["chosen again"] = [f"{value:.0%}" for value in chosen["stability"]]
-    return wide.rename(index=shown).rename_axis(index="method", columns=None)
+    return wide.rename(index=shown).rename_axis(index=None, columns=None)
 
 
 def pool_table(report: Report) -> pd.DataFrame:
@@ -143,14 +139,18 @@ def pool_table(report: Report) -> pd.DataFrame:
     wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(
         report.single()["encoder"]
     )
-    return wide.set_axis(columns, axis=1).fillna("").rename(index=shown).rename_axis("method")
+    return wide.set_axis(columns, axis=1).fillna("").rename(index=shown).rename_axis(None)
 
 
 def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
-    """Chosen read-outs on single cells, mask all_targets, several metrics, with chance as last row."""
+    """Chosen read-outs on single cells, mask all_targets: several metrics and macro exact_hit@1, with chance last."""
     rows = pd.concat([report.single(metric=metric) for metric in metrics])
-    table = interval_table(rows, metrics, rows=["encoder"]).rename(index=shown)
-    table.loc["chance"] = [f"{report.chance[metric]:.3f}" for metric in table.columns]
+    table = interval_table(rows, metrics, rows=["encoder"])
+    macro = report.single(average="macro").set_index("encoder").loc[table.index]
+    chance = [f"{report.chance[metric]:.3f}" for metric in table.columns]
+    table["exact_hit@1, macro"] = [with_interval(row) for row in macro.itertuples()]
+    table = table.rename(index=shown).rename_axis(index=None, columns=None)
+    table.loc["chance"] = [*chance, ""]
     return table
 
 
