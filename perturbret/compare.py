@@ -1,38 +1,48 @@
-"""Compare finished runs: read-outs, baseline, differences, and whether the null control holds."""
+"""Finished runs of a dataset, what their methods are called, and their scores over training repeats."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .contenders import CEILING, best_baseline
+from .contenders import CEILING, role_of
 from .masking import UNSAFE
+from .nulls import detectable_in_family
 from .provenance import directory_hash
+from .readouts import FIXED, LIBRARIES, choose_readout, read_validation
 from .runs import TUNED, read_manifest
-from .stats import cluster_bootstrap, holm, paired_permutation_p
+from .stats import holm, repeated_mean
 
 METRICS = (
     "exact_hit@1 exact_hit@5 exact_hit@8 exact_hit@10 relevant_hit@1 relevant_hit@5 relevant_hit@10 "
     "mrr mrr@10 ndcg@5 ndcg_binary@5 ap"
 ).split()
-TESTED = ("exact_hit@1", "mrr")
-# Order of preference among read-outs that validation cannot tell apart: the simpler first.
-SCORINGS = ("cosine", "classifier", "whitened", "classifier_corrected")
-# Shown beside the others, and never the read-out that stands for an encoder: it answers another question (all
-# conditions equally likely), so that a choice between it and `classifier` by micro hits would be noise.
-VARIANT = "classifier_corrected"
-LIBRARIES = ("none", "mean", "bootstrap", "raw_cell")
-LEAK_FREE = "all_targets"
+LEAK_FREE = "all_targets"  # the mask of all headline numbers
+# What must be equal for two methods to be compared.
+ARENA = ["track", "train_share"]
+# Read-outs that every method is shown at, beside the one chosen on validation cells.
+SHOWN = (("classifier", "none"), ("classifier_corrected", "none"), ("whitened", "mean"), ("cosine", "mean"))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run whose evaluation is complete and belongs to the encoder that lies beside it."""
+    """A run whose evaluation is complete and belongs to the encoder that lies beside it.
+
+    Attributes
+    ----------
+    directory : pathlib.Path
+    manifest : dict
+    method : str
+        Name in comparisons, by `name_methods`: runs that differ in more than mask and seed have different ones.
+    """
 
     directory: Path
     manifest: dict
+    method: str = ""
 
     @property
     def name(self) -> str:
@@ -43,10 +53,32 @@ class Finished:
         return self.manifest["fit"]["params"]
 
     @property
-    def method(self) -> str:
-        """Name in comparisons: the recipe and what varies, where the directory is named after it, else the encoder."""
-        recipe, named, more = self.name.partition(f"-{self.params['mask']}-seed{self.params['seed']}")
-        return (f"{recipe} ({more[1:]})" if more else recipe) if named else self.params["encoder"]
+    def recipe(self) -> str:
+        """The recipe, where the directory is named after it, else the encoder."""
+        found, named, _ = self.name.partition(f"-{self.params['mask']}-seed{self.params['seed']}")
+        return found if named else self.params["encoder"]
+
+    @property
+    def request(self) -> dict:
+        """Everything that was asked for but dataset, mask and seed: name -> value as JSON."""
+        flat = {"train_share": self.manifest["fit"]["context"].get("train_share", 1.0)}
+        for name, value in self.params.items():
+            if name in ("search", "settings"):
+                flat |= {f"{name}.{key}": part for key, part in (value or {}).items()}
+            elif name not in ("dataset", "mask", "seed"):
+                flat[name] = value
+        return {name: json.dumps(value, sort_keys=True) for name, value in flat.items()}
+
+    @property
+    def arena(self) -> tuple[str, float]:
+        """Track and share of the training labels."""
+        share = self.manifest["fit"]["context"].get("train_share", 1.0)
+        return self.params.get("track", "in_dist"), float(share)
+
+    @property
+    def key(self) -> dict:
+        """What tells the run from others in a comparison."""
+        return {"encoder": self.method, "mask": self.params["mask"], "seed": self.params["seed"]}
 
     def table(self, name: str) -> pd.DataFrame:
         """A CSV of the run with its encoder, mask and seed in front."""
@@ -54,11 +86,6 @@ class Finished:
         for position, (key, value) in enumerate(self.key.items()):
             table.insert(position, key, value)
         return table
-
-    @property
-    def key(self) -> dict:
-        """What tells the run from others in a comparison."""
-        return {"encoder": self.method, "mask": self.params["mask"], "seed": self.params["seed"]}
 
 
 def collect(
@@ -87,6 +114,11 @@ def collect(
     finished : list of Finished
     missing : list of str
         Runs that were expected or begun, and are not complete.
+
+    Raises
+    ------
+    ValueError
+        Two runs are the same method under the same mask and seed.
     """
     there = {path.parent.name for path in Path(directory).glob("*/manifest.json")}
     finished, missing = [], []
@@ -102,9 +134,10 @@ def collect(
             finished.append(Finished(Path(directory) / name, manifest))
         else:
             missing.append(name)
+    finished = name_methods(finished)
     taken: dict[tuple, str] = {}
     for run in finished:
-        other = taken.setdefault((*run.key.values(), run.params["track"]), run.name)
+        other = taken.setdefault(tuple(run.key.values()), run.name)
         if other != run.name:
             raise ValueError(
                 f"runs: {other!r} and {run.name!r} are the same method, mask and seed; name one of them"
@@ -120,189 +153,166 @@ def _judged(evaluation: dict, directory: Path) -> bool:
     )
 
 
-def choose_readouts(runs: list[Finished]) -> pd.DataFrame:
-    """Choose, on validation cells, the library of every scoring and the primary scoring of every encoder.
+def name_methods(runs: list[Finished]) -> list[Finished]:
+    """Name every run's method so that runs share a name only where all but mask and seed is equal.
+
+    A recipe that was run in one way is called by its name; where it was run in several, what differs is added, e.g.
+    `logreg (train_share=0.25)`.
+    """
+    named = []
+    for run in runs:
+        alike = [other.request for other in runs if other.recipe == run.recipe]
+        keys = sorted({key for request in alike for key in request})
+        differ = [key for key in keys if len({request.get(key) for request in alike}) > 1]
+        parts = [f"{key.rpartition('.')[2]}={run.request.get(key, 'default')}" for key in differ]
+        text = f" ({', '.join(parts)})".replace('"', "") if parts else ""
+        named.append(dataclasses.replace(run, method=run.recipe + text))
+    return named
+
+
+def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
+    """The read-out that stands for every method, chosen on the validation cells of all its seeds.
 
     Returns
     -------
     pandas.DataFrame
-        One row per encoder, mask and scoring: `library`, `validation` (mean exact_hit@1 over seeds) and
-        `primary` (the encoder's best scoring under that mask).
+        One row per encoder and mask: the fields of `readouts.Choice`; `role` (see `contenders.role_of`); `track`
+        and `train_share`; `mode`, `init` and `members` of scGPT's; `available`, a set of (scoring, library) that all
+        its runs were evaluated with; `request`, of its first run.
     """
-    validation = pd.concat([_validation(run) for run in runs], ignore_index=True)
-    validation = validation.query("metric == 'exact_hit@1' and average == 'micro'")
-    keys = ["encoder", "mask", "scoring", "library"]
-    means = (
-        validation.groupby(keys, as_index=False)["estimate"].mean().rename(columns={"estimate": "validation"})
-    )
-    means["validation"] = means["validation"].round(9)
-    means["preference"] = [
-        SCORINGS.index(scoring) * len(LIBRARIES) + LIBRARIES.index(library)
-        for scoring, library in zip(means["scoring"], means["library"], strict=True)
-    ]
-    means = means.sort_values(
-        ["encoder", "mask", "validation", "preference"], ascending=[True, True, False, True]
-    )
-    chosen = means.drop_duplicates(["encoder", "mask", "scoring"]).copy()
-    leading = chosen[chosen["scoring"] != VARIANT].drop_duplicates(["encoder", "mask"])
-    chosen["primary"] = chosen.index.isin(leading.index)
-    unmasked = {run.method for run in runs if run.params["encoder"].startswith("obsm:")}
-    chosen["unmasked"] = chosen["encoder"].isin(unmasked)
-    tuned = {run.method: run.manifest["fit"]["chosen"] for run in runs if run.params["encoder"] == TUNED}
-    chosen["tuned"] = chosen["encoder"].isin(tuned)
-    for name in ("mode", "init", "members"):
-        chosen[name] = [tuned[method][name] if method in tuned else "" for method in chosen["encoder"]]
-    return chosen.drop(columns="preference").reset_index(drop=True)
+    rows = []
+    for (encoder, mask), group in _grouped(runs).items():
+        libraries = [
+            b for b in LIBRARIES[1:] if all(b in run.manifest["evaluation"]["libraries"] for run in group)
+        ]
+        validation = pd.concat([read_validation(run.directory, libraries) for run in group])
+        params = group[0].params
+        role = role_of(params["encoder"], mask, TUNED)
+        if role == "ceiling":  # only its posterior bounds other methods, not a cosine of its likelihoods
+            validation = validation[validation["scoring"] == "classifier"]
+        # What is to be exceeded stands at its best: no standard error is given away.
+        choice = choose_readout(validation, n_errors=float(role != "nuisance"), n_resamples=n_resamples)
+        chosen = group[0].manifest["fit"]["chosen"] if role == "tuned" else {}
+        row = {
+            "encoder": encoder,
+            "mask": mask,
+            **dict(zip(ARENA, group[0].arena, strict=True)),
+            "role": role,
+        }
+        row |= asdict(choice) | {name: chosen.get(name, "") for name in ("mode", "init", "members")}
+        row["available"] = set(zip(validation["scoring"], validation["library"], strict=True))
+        row["request"] = group[0].request
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def primary_readout(validation: pd.DataFrame, libraries: Sequence[str] = LIBRARIES) -> tuple[str, str]:
-    """Library and scoring with the best validation exact_hit@1 of one run; the simpler of equals."""
-    rows = validation.query("metric == 'exact_hit@1' and average == 'micro'")
-    rows = rows[rows["library"].isin(["none", *libraries]) & (rows["scoring"] != VARIANT)]
-    ranked = sorted(
-        (-round(row.estimate, 9), SCORINGS.index(row.scoring), LIBRARIES.index(row.library))
-        for row in rows.itertuples()
-    )
-    _, scoring, library = ranked[0]
-    return LIBRARIES[library], SCORINGS[scoring]
+def kept_scores(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
+    """Per-query scores of all runs: the chosen read-outs, and for single cells those of `FIXED` and `SHOWN`.
 
-
-def chosen_scores(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
-    """Per-query scores of all runs, for the chosen read-outs only."""
-    keys = ["encoder", "mask", "scoring", "library"]
+    Returns
+    -------
+    pandas.DataFrame
+        Rows of scores.parquet with encoder, mask, seed and `primary`, whether the read-out is the chosen one.
+    """
+    chosen = {(row.encoder, row.mask): (row.scoring, row.library) for row in readouts.itertuples()}
+    fixed = pd.MultiIndex.from_tuples([*FIXED, *SHOWN])
     tables = []
     for run in runs:
-        scores = pd.read_parquet(run.directory / "scores.parquet")
-        scores = scores.assign(**run.key)
-        tables.append(scores.merge(readouts[[*keys, "primary"]], on=keys))
-    scores = pd.concat(tables, ignore_index=True)
-    return scores.sort_values(["encoder", "mask", "scoring", "query_size", "pooling", "seed", "query_id"])
+        scores = pd.read_parquet(run.directory / "scores.parquet").assign(**run.key)
+        pairs = pd.MultiIndex.from_frame(scores[["scoring", "library"]])
+        primary = pairs == chosen[run.method, run.params["mask"]]
+        ceiling = run.params["encoder"] == CEILING
+        keep = primary | ((scores["query_size"] == 1) & pairs.isin(fixed) & (not ceiling))
+        tables.append(scores.assign(primary=primary)[keep])
+    return pd.concat(tables, ignore_index=True)
 
 
-def comparison(
-    scores: pd.DataFrame, readouts: pd.DataFrame, *, n_resamples: int, seed: int = 0
-) -> pd.DataFrame:
-    """All methods side by side, each against the best baseline on the same queries.
+def repeats(scores: pd.DataFrame, metrics: list[str]) -> tuple[np.ndarray, pd.DataFrame]:
+    """Metrics of one method's queries over its training repeats.
 
     Parameters
     ----------
     scores : pandas.DataFrame
-        From `chosen_scores`.
-    readouts : pandas.DataFrame
-        From `choose_readouts`.
-    n_resamples : int
-        Bootstrap resamples of conditions.
-    seed : int
+        Rows of one method, mask, read-out, query size and pooling.
+    metrics : list of str
+
+    Returns
+    -------
+    values : ndarray of float64, shape (n_metrics, n_queries, n_repeats)
+        Queries in the order of their ids, repeats in that of their seeds.
+    queries : pandas.DataFrame
+        `query_id` and `condition` of each.
+
+    Raises
+    ------
+    ValueError
+        The seeds do not have the same queries.
+    """
+    seeds = sorted(scores["seed"].unique())
+    scores = scores.sort_values(["query_id", "seed"])
+    ids = scores["query_id"].to_numpy()
+    n = len(scores) // len(seeds)
+    if len(scores) % len(seeds) or (ids.reshape(n, -1) != ids.reshape(n, -1)[:, :1]).any():
+        raise ValueError(
+            f"{scores['encoder'].iloc[0]}: expected the same query cells in seeds {', '.join(map(str, seeds))}, got "
+            f"others in some; runs made before query cells were the same for all seeds must be made again"
+        )
+    values = scores[metrics].to_numpy(float).T.reshape(len(metrics), n, len(seeds))
+    return values, scores[["query_id", "condition"]].iloc[:: len(seeds)].reset_index(drop=True)
+
+
+def estimates(scores: pd.DataFrame) -> pd.DataFrame:
+    """Every method by itself: means over queries and training repeats.
 
     Returns
     -------
     pandas.DataFrame
-        One row per mask, query_size, pooling, encoder, scoring, metric and average: `estimate` with `ci_low`
-        and `ci_high`, `baseline`, `difference` with its interval, `p_value` (paired permutation) and `p_holm`
-        (Holm-adjusted over the primary read-outs of the same mask, query size, pooling, metric and average,
-        and empty for others). Queries of
-        all seeds are pooled; conditions are the clusters, so the interval holds over splits and conditions.
+        One row per mask, encoder, scoring, library, query_size, pooling, metric and average: `estimate` with `ci_low`
+        and `ci_high` (conditions are the unit; widened by `spread`, the standard deviation between repeats),
+        `n_queries` (distinct ones), `n_conditions`, `n_repeats`, `primary`. Pooled queries have exact_hit@1 and mrr
+        only; so do read-outs that were not chosen, micro.
     """
+    keys = ["mask", "encoder", "scoring", "library", "query_size", "pooling", "primary"]
     rows = []
-    for (mask, size, pooling), part in scores.groupby(["mask", "query_size", "pooling"], sort=True):
-        baseline = best_baseline(readouts, mask)
-        methods = dict(list(part.groupby(["encoder", "scoring", "library", "primary"], sort=True)))
-        # A size or pooling that the baseline was not evaluated with has estimates and no differences.
-        found = [group for key, group in methods.items() if key[0] == baseline and key[3]]
-        reference = found[0] if found else part.head(0)
-        for (encoder, scoring, library, primary), group in methods.items():
-            key = {
-                "mask": mask,
-                "query_size": size,
-                "pooling": pooling,
-                "encoder": encoder,
-                "scoring": scoring,
-            }
-            key |= {"library": library, "primary": primary, "baseline": baseline}
-            key |= {"n_queries": len(group), "n_conditions": group["condition"].nunique()}
-            key["n_seeds"] = group["seed"].nunique()
-            rows += _method_rows(key, group, reference, n_resamples=n_resamples, seed=seed)
-    table = pd.DataFrame(rows)
-    family = ["mask", "query_size", "pooling", "metric", "average"]
-    table["p_holm"] = np.nan
-    for _, index in table[table["p_value"].notna() & table["primary"]].groupby(family).groups.items():
-        table.loc[index, "p_holm"] = holm(table.loc[index, "p_value"].to_numpy())
-    return table
+    for values, part in scores.groupby(keys, sort=True, observed=True):
+        key = dict(zip(keys, values, strict=True))
+        metrics = METRICS if key["primary"] and key["query_size"] == 1 else ["exact_hit@1", "mrr"]
+        found, queries = repeats(part, metrics)
+        key |= {"n_queries": len(queries), "n_conditions": queries["condition"].nunique()}
+        key["n_repeats"] = found.shape[2]
+        for metric, matrix in zip(metrics, found, strict=True):
+            for average in ("micro", "macro") if key["primary"] else ("micro",):
+                mean = repeated_mean(matrix, queries["condition"], average=average)
+                row = {**key, "metric": metric, "average": average, "estimate": mean.estimate}
+                # Every metric lies between 0 and 1, and so does its mean.
+                low, high = np.clip([mean.low, mean.high], 0, 1)
+                rows.append(row | {"ci_low": low, "ci_high": high, "spread": mean.spread})
+    return pd.DataFrame(rows)
 
 
 def null_verdicts(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
-    """Null control of every run and chosen read-out, with Holm-adjusted p-values and the verdict.
+    """Null control of every run at the read-out of its method, with Holm-adjusted p-values and the verdict.
 
     Returns
     -------
     pandas.DataFrame
-        Rows of null_control.csv plus `p_holm` and `holds` (adjusted p at least 0.05). Adjusted over the primary
-        read-outs, one for each run; runs under an unsafe mask are a family of their own. Other read-outs have
-        no adjusted value and no verdict of their own.
+        Rows of null_control.csv plus `p_holm` and `holds` (adjusted p at least 0.05), and `detectable`, the smallest
+        leak that it finds with 80% power, as a share of cells (NaN: none). Adjusted over all runs; those under an
+        unsafe mask are a family of their own.
     """
-    keys = ["encoder", "mask", "scoring", "library"]
     nulls = pd.concat([run.table("null_control").assign(run=run.name) for run in runs], ignore_index=True)
-    nulls = nulls.merge(readouts[[*keys, "primary"]], on=keys)
+    nulls = nulls.merge(readouts[["encoder", "mask", "scoring", "library"]])
     unsafe = nulls["mask"].isin(UNSAFE)
-    for family in (unsafe & nulls["primary"], ~unsafe & nulls["primary"]):
+    for family in (unsafe, ~unsafe):
         nulls.loc[family, "p_holm"] = holm(nulls.loc[family, "p_value"].to_numpy()) if family.any() else []
+        limits = [detectable_in_family(row, int(family.sum())) for _, row in nulls[family].iterrows()]
+        nulls.loc[family, "detectable"] = np.array(limits, float)
     nulls["holds"] = ~(nulls["p_holm"] < 0.05)
     return nulls
 
 
-def mask_deltas(scores: pd.DataFrame, *, n_resamples: int, seed: int = 0) -> pd.DataFrame:
-    """Paired change of exact_hit@1 from the leak-free mask to each other mask, for single cells."""
-    single = scores.query("query_size == 1 and primary")
-    rows = []
-    for encoder, part in single.groupby("encoder", sort=True):
-        by_mask = {mask: group.set_index(["seed", "query_id"]) for mask, group in part.groupby("mask")}
-        if LEAK_FREE not in by_mask:
-            continue
-        safe = by_mask[LEAK_FREE]
-        for mask in sorted(set(by_mask) - {LEAK_FREE}):
-            pair = by_mask[mask].join(safe, rsuffix="_safe", how="inner")
-            change = (pair["exact_hit@1"] - pair["exact_hit@1_safe"]).to_numpy()[:, None]
-            found = cluster_bootstrap(
-                change, pair["condition"].to_numpy(), n_resamples=n_resamples, seed=seed
-            )
-            low, high = found.low[0], found.high[0]
-            rows.append(
-                {"encoder": encoder, "mask": mask, "delta": found.estimate[0], "ci_low": low, "ci_high": high}
-            )
-    return pd.DataFrame(rows, columns=["encoder", "mask", "delta", "ci_low", "ci_high"])
-
-
-def _validation(run: Finished) -> pd.DataFrame:
-    table = run.table("validation")
-    if run.method == CEILING:  # only its posterior bounds other methods, not a cosine of its likelihoods
-        return table[table["scoring"] == "classifier"]
-    return table[table["library"].isin(["none", *run.manifest["evaluation"]["libraries"]])]
-
-
-def _method_rows(
-    key: dict, group: pd.DataFrame, reference: pd.DataFrame, *, n_resamples: int, seed: int
-) -> list:
-    shared = reference.set_index(["seed", "query_id"])[METRICS].reindex(
-        pd.MultiIndex.from_frame(group[["seed", "query_id"]])
-    )
-    values, clusters = group[METRICS].to_numpy(float), group["condition"].to_numpy(str)
-    paired = ~shared.isna().any(axis=1).to_numpy()
-    differences = values[paired] - shared.to_numpy()[paired]
-    same = key["encoder"] == key["baseline"] and key["primary"]
-    rows = []
-    for average in ("micro", "macro"):
-        options = {"average": average, "n_resamples": n_resamples, "seed": seed}
-        own = cluster_bootstrap(values, clusters, **options)
-        gap = cluster_bootstrap(differences, clusters[paired], **options) if paired.any() else None
-        for i, metric in enumerate(METRICS):
-            row = {**key, "metric": metric, "average": average}
-            row |= {"estimate": own.estimate[i], "ci_low": own.low[i], "ci_high": own.high[i]}
-            if gap is not None:
-                row |= {"difference": gap.estimate[i], "diff_low": gap.low[i], "diff_high": gap.high[i]}
-            row["p_value"] = np.nan
-            if metric in TESTED and average == "micro" and not same and paired.any():
-                row["p_value"] = paired_permutation_p(
-                    values[paired, i], shared.to_numpy()[paired, i], clusters[paired], seed=seed
-                )
-            rows.append(row)
-    return rows
+def _grouped(runs: list[Finished]) -> dict[tuple[str, str], list[Finished]]:
+    groups: dict[tuple[str, str], list[Finished]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.params["mask"]), []).append(run)
+    return dict(sorted(groups.items()))

@@ -1,54 +1,47 @@
-"""Which method stands for what in a report: the best of all, and the best simple opponent."""
+"""Which method stands for what in a report: the first of all, the baseline, the nuisance that all must exceed."""
 
 import pandas as pd
 
 CEILING = "bayes_ceiling"
 # They read no expression: what they reach is the screen's design, not biology.
 NUISANCE = ("prior", "library_size", "batch")
+ROLES = ("simple", "tuned", "nuisance", "ceiling", "precomputed")
 
 
-def best_method(readouts: pd.DataFrame, mask: str, without: str = "") -> str:
-    """Name of the encoder with the best primary read-out on validation cells under `mask`.
+def role_of(encoder: str, mask: str, tuned: str = "scgpt") -> str:
+    """What an encoder can stand for.
 
-    The ceiling is no method, and an embedding that was computed before masking (`unmasked`) stands for no mask
-    but `none`.
+    Returns
+    -------
+    str
+        `tuned`: a mode of scGPT; `nuisance`: it reads no expression; `ceiling`: it knows the simulated truth;
+        `precomputed`: an embedding that was made before the mask acted; `simple`: any other opponent.
+    """
+    if encoder.startswith("obsm:") and mask != "none":
+        return "precomputed"
+    named = {tuned: "tuned", CEILING: "ceiling"} | dict.fromkeys(NUISANCE, "nuisance")
+    return named.get(encoder, "simple")
+
+
+def first_of(readouts: pd.DataFrame, mask: str, *roles: str) -> str | None:
+    """The method of these roles whose best read-out hits most validation cells under `mask`; None without any.
+
+    The best method is the first of `simple` and `tuned`, the baseline the first of `simple`: a nuisance opponent is
+    neither.
 
     Parameters
     ----------
     readouts : pandas.DataFrame
         From `perturbret.compare.choose_readouts`.
     mask : str
-    without : str
-        An encoder to leave out.
-
-    Raises
-    ------
-    ValueError
-        There is none.
+    roles : str
+        Some of `ROLES`.
     """
-    return _first(_contenders(readouts, mask, without), mask)
+    rows = readouts[(readouts["mask"] == mask) & readouts["role"].isin(roles)]
+    rows = rows.assign(best=rows["best"].round(9)).sort_values(["best", "encoder"], ascending=[False, True])
+    return rows["encoder"].iloc[0] if len(rows) else None
 
 
-def best_baseline(readouts: pd.DataFrame, mask: str, without: str = "") -> str:
-    """The same among simple opponents: networks that were tuned do not count, unless there is nothing else."""
-    rows = _contenders(readouts, mask, without)
-    simple = rows[~rows["tuned"]]
-    return _first(simple if len(simple) else rows, mask)
-
-
-def best_tuned(readouts: pd.DataFrame, mask: str) -> str | None:
-    """The same among scGPT's modes; None without any."""
-    rows = _contenders(readouts, mask, "")
-    rows = rows[rows["tuned"]]
-    return _first(rows, mask) if len(rows) else None
-
-
-def _contenders(readouts: pd.DataFrame, mask: str, without: str) -> pd.DataFrame:
-    rows = readouts[readouts["primary"] & (readouts["mask"] == mask)]
-    return rows[~rows["encoder"].isin([CEILING, without]) & ~(rows["unmasked"] & (mask != "none"))]
-
-
-def _first(rows: pd.DataFrame, mask: str) -> str:
-    if rows.empty:
-        raise ValueError(f"mask: expected at least one finished run under {mask!r}, found none")
-    return rows.sort_values(["validation", "encoder"], ascending=[False, True])["encoder"].iloc[0]
+def shown(encoder: str) -> str:
+    """Name of a method in tables and figures."""
+    return "Bayes ceiling" if encoder == CEILING else encoder

@@ -7,10 +7,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .compare import LEAK_FREE
-from .contenders import CEILING
+from .contenders import CEILING, shown
 
 MASK_COLOURS = {"all_targets": "#1b6ca8", "none": "#8a8a8a", "own_targets": "#c1440e"}
-MASK_NAMES = {"all_targets": "all_targets (leak-free)", "none": "none", "own_targets": "own_targets (unsafe)"}
+MASK_NAMES = {"all_targets": "all_targets", "none": "none", "own_targets": "own_targets (unsafe)"}
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
@@ -22,14 +22,6 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # labels may hold a dollar sign
 }
-
-
-def method_name(encoder: str, scoring: str) -> str:
-    """Short name of a method: the encoder, and its scoring where the encoder has several."""
-    names = {"cosine": "cosine", "whitened": "whitened cosine", "classifier_corrected": "prior-corrected"}
-    if encoder == CEILING:
-        return "Bayes ceiling"
-    return encoder if scoring == "classifier" else f"{encoder} + {names[scoring]}"
 
 
 def new_figure(width: float = 8.0, height: float = 4.0, columns: int = 1) -> tuple[Figure, np.ndarray]:
@@ -52,23 +44,22 @@ def _use_page() -> None:
         shell.enable_matplotlib("inline")
 
 
-def method_ladder(table: pd.DataFrame, *, chance: float, prior: float, metric: str = "exact_hit@1") -> Figure:
-    """Dots with 95% intervals, one row per method, best at the top; chance and class prior as lines."""
+def method_ladder(
+    table: pd.DataFrame, roles: dict[str, str], *, chance: float, prior: float, metric: str = "exact_hit@1"
+) -> Figure:
+    """Dots with 95% intervals, one row per method, best at the top; chance and class prior as lines.
+
+    `roles` are those of `perturbret.contenders.role_of`: hollow dots read no expression, diamonds know the truth.
+    """
     rows = table.sort_values("estimate")
     figure, (axis,) = new_figure(8, 0.9 + 0.27 * len(rows))
     for y, row in enumerate(rows.itertuples()):
-        ceiling = row.encoder == CEILING
-        colour = "#3f8f4f" if ceiling else MASK_COLOURS[LEAK_FREE]
+        role = roles[row.encoder]
+        colour = {"ceiling": "#3f8f4f", "nuisance": "#8a8a8a"}.get(role, MASK_COLOURS[LEAK_FREE])
+        fill = "white" if role == "nuisance" else colour
         axis.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2, alpha=0.6)
-        axis.plot(
-            row.estimate,
-            y,
-            "D" if ceiling else "o",
-            color=colour,
-            ms=6,
-            mfc=colour if row.primary else "white",
-        )
-    axis.set_yticks(range(len(rows)), [method_name(row.encoder, row.scoring) for row in rows.itertuples()])
+        axis.plot(row.estimate, y, "D" if role == "ceiling" else "o", color=colour, ms=6, mfc=fill)
+    axis.set_yticks(range(len(rows)), [_text(shown(name)) for name in rows["encoder"]])
     apart = abs(prior - chance) > 1e-3
     _line(axis, chance, "chance", ":", side="right" if apart else "center")
     if apart:
@@ -78,7 +69,7 @@ def method_ladder(table: pd.DataFrame, *, chance: float, prior: float, metric: s
     axis.set(xlabel=f"{metric}, single cells", xlim=(0, None), ylim=(-0.7, len(rows) - 0.3))
     axis.grid(axis="x", alpha=0.25)
     figure.suptitle(
-        "Filled: the encoder's read-out chosen on validation; bars: 95% intervals over conditions",
+        "Each method at its read-out chosen on validation; hollow: reads no expression; bars: 95% intervals",
         fontsize=9.5, x=0.01, ha="left",
     )  # fmt: skip
     return figure
@@ -86,6 +77,7 @@ def method_ladder(table: pd.DataFrame, *, chance: float, prior: float, metric: s
 
 def masking_effect(table: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
     """Left: exact_hit@1 under each mask. Right: the null control under each mask against its luck level."""
+    table = table[table["encoder"] != CEILING]
     order = table[table["mask"] == LEAK_FREE].sort_values("estimate")["encoder"].tolist()
     figure, (left, right) = new_figure(9.5, 1.3 + 0.36 * len(order), columns=2)
     masks = [mask for mask in MASK_COLOURS if mask in set(table["mask"])]
@@ -111,7 +103,7 @@ def masking_effect(table: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
     right.set(xlabel="exact_hit@1, permuted labels", xlim=(0, None))
     left.set_title("What each mask shows")
     right.set_title("Null control: nothing to find here")
-    left.set_yticks(range(len(order)), order)
+    left.set_yticks(range(len(order)), [_text(name) for name in order])
     right.set_yticks(range(len(order)), [])
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.25)
@@ -120,8 +112,11 @@ def masking_effect(table: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
     return figure
 
 
-def paired_differences(table: pd.DataFrame, metric: str = "exact_hit@1") -> Figure:
-    """Differences with 95% intervals, one panel per question; see `perturbret.adaptation.adaptation`."""
+def paired_differences(table: pd.DataFrame) -> Figure:
+    """Differences with 95% intervals, one panel per question; see `perturbret.contrasts.contrasts`.
+
+    Filled where the verdict is better or worse, hollow where there is no clear difference or none was judged.
+    """
     titles = {
         "baseline": "against the best simple opponent",
         "adapting": "adapted against frozen",
@@ -129,20 +124,22 @@ def paired_differences(table: pd.DataFrame, metric: str = "exact_hit@1") -> Figu
     }
     questions = [question for question in titles if question in set(table["question"])]
     tallest = table["question"].value_counts().max()
-    width = 2.8 + 0.075 * table["method"].str.len().max()
+    width = 2.8 + 0.075 * table["encoder"].str.len().max()
     figure, axes = new_figure(width * len(questions), 1.1 + 0.26 * tallest, columns=len(questions))
+    colour = MASK_COLOURS[LEAK_FREE]
     for axis, question in zip(axes, questions, strict=True):
-        part = table[table["question"] == question].sort_values(metric)
-        for y, (value, low, high) in enumerate(
-            part[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float)
-        ):
-            axis.plot([low, high], [y, y], color=MASK_COLOURS[LEAK_FREE], lw=2, alpha=0.6)
-            axis.plot(value, y, "o", color=MASK_COLOURS[LEAK_FREE], ms=6)
+        part = table[table["question"] == question].sort_values("difference")
+        for y, row in enumerate(part.itertuples()):
+            axis.plot([row.low, row.high], [y, y], color=colour, lw=2, alpha=0.6)
+            fill = colour if row.verdict in ("better", "worse") else "white"
+            axis.plot(row.difference, y, "o", color=colour, ms=6, mfc=fill)
         axis.axvline(0, color="#555", lw=1, ls=":")
-        axis.set_yticks(range(len(part)), part["method"])
+        axis.set_yticks(range(len(part)), [_text(shown(name)) for name in part["encoder"]])
         opponents = part["against"].unique()
-        named = f" ({opponents[0]})" if question == "baseline" and len(opponents) == 1 else ""
-        axis.set(title=titles[question] + named, xlabel=f"difference of {metric}", ylim=(-0.7, tallest - 0.3))
+        named = f" ({_text(opponents[0])})" if question == "baseline" and len(opponents) == 1 else ""
+        axis.set(
+            title=titles[question] + named, xlabel="difference of exact_hit@1", ylim=(-0.7, tallest - 0.3)
+        )
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.25)
     return figure
@@ -159,7 +156,13 @@ def top_k_curves(table: pd.DataFrame, chance: dict[str, float]) -> Figure:
         for colour, (encoder, row) in zip(_palette(len(wide)), wide.iterrows(), strict=True):
             found = [k for k in ks if f"{kind}@{k}" in row.index]
             axis.plot(
-                found, [row[f"{kind}@{k}"] for k in found], "o-", ms=4, lw=1.6, color=colour, label=encoder
+                found,
+                [row[f"{kind}@{k}"] for k in found],
+                "o-",
+                ms=4,
+                lw=1.6,
+                color=colour,
+                label=_text(encoder),
             )
         found = [k for k in ks if f"{kind}@{k}" in chance]
         axis.plot(found, [chance[f"{kind}@{k}"] for k in found], "k:", lw=1.2, label="chance")
@@ -183,7 +186,9 @@ def query_size_curves(table: pd.DataFrame, chance: float) -> Figure:
             axis.fill_between(
                 rows["query_size"], rows["ci_low"], rows["ci_high"], color=colour, alpha=0.1, lw=0
             )
-            axis.plot(rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=encoder)
+            axis.plot(
+                rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=_text(encoder)
+            )
         axis.axhline(chance, color="black", ls=":", lw=1, label="chance")
         sizes = sorted(set(part["query_size"]))
         axis.set_xscale("log")
@@ -206,10 +211,10 @@ def condition_hits(table: pd.DataFrame, chance: float, title: str) -> Figure:
     y = np.arange(len(rows))
     axis.hlines(y, rows["ci_low"], rows["ci_high"], color=MASK_COLOURS[LEAK_FREE], alpha=0.5, lw=2)
     axis.plot(rows["estimate"], y, "o", color=MASK_COLOURS[LEAK_FREE], ms=4.5)
-    axis.set_yticks(y, rows["condition"])
+    axis.set_yticks(y, [_text(name) for name in rows["condition"]])
     _line(axis, chance, "chance", ":")
     axis.set(xlabel="exact_hit@1, single cells", xlim=(0, 1))
-    axis.set_title(title, pad=16)
+    axis.set_title(_text(title), pad=16)
     axis.margins(y=0.02)
     return figure
 
@@ -218,12 +223,13 @@ def confusion_heatmap(confusion: pd.DataFrame, title: str) -> Figure:
     """Row-normalised confusion: rows true conditions, columns the conditions ranked first."""
     import seaborn as sns
 
+    confusion = confusion.rename(index=_text, columns=_text)
     figure, (axis,) = new_figure(3.2 + 0.42 * len(confusion.columns), 2.0 + 0.34 * len(confusion))
     sns.heatmap(
         confusion, cmap="Blues", vmin=0, annot=True, fmt=".2f", annot_kws={"size": 7.5}, ax=axis, square=False
     )
     axis.set(xlabel="ranked first", ylabel="true condition")
-    axis.set_title(title)
+    axis.set_title(_text(title))
     return figure
 
 
@@ -231,7 +237,7 @@ def coverage_curves(curves: dict[str, pd.DataFrame]) -> Figure:
     """Accuracy among the most confident share of queries, one line per method."""
     figure, (axis,) = new_figure(7, 3.6)
     for colour, (name, curve) in zip(_palette(len(curves)), curves.items(), strict=True):
-        axis.plot(curve["coverage"], curve["accuracy"], lw=1.6, color=colour, label=name)
+        axis.plot(curve["coverage"], curve["accuracy"], lw=1.6, color=colour, label=_text(name))
     axis.set(
         xlabel="share of queries answered, most confident first",
         ylabel="exact_hit@1 among them",
@@ -292,6 +298,11 @@ def vocab_coverage(summary: pd.DataFrame, *, warn_below: float) -> Figure:
     return figure
 
 
+def _text(name: str) -> str:
+    """A name from the data, letter by letter: matplotlib takes `$` for mathematics."""
+    return str(name).replace("$", r"\$")
+
+
 def _palette(n: int) -> list:
     return [plt.get_cmap("tab20" if n > 10 else "tab10")(i) for i in range(n)]
 
@@ -302,6 +313,5 @@ def _line(axis, x: float, name: str, style: str, side: str = "center") -> None:
 
 
 def _mean_null(verdicts: pd.DataFrame) -> pd.DataFrame:
-    primary = verdicts.query("primary")
     columns = ["estimate", "ci_low", "ci_high", "luck"]
-    return primary.groupby(["encoder", "mask"], as_index=False)[columns].mean()
+    return verdicts.groupby(["encoder", "mask"], as_index=False)[columns].mean()

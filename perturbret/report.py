@@ -1,6 +1,7 @@
 """The tables of the ablation report: gather finished runs, compare them, judge their null controls."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -8,57 +9,107 @@ import pandas as pd
 
 from .atomic import replacing
 from .compare import (
+    ARENA,
     LEAK_FREE,
+    Finished,
     choose_readouts,
-    chosen_scores,
     collect,
-    comparison,
-    mask_deltas,
+    estimates,
+    kept_scores,
     null_verdicts,
 )
+from .contenders import first_of, shown
+from .contrasts import contrasts
 from .masking import UNSAFE
 from .pipeline import fit_code
+from .readouts import readout_name
 from .runs import outputs_root, write_table
 from .screen import Screen
+from .wording import difference, spread, with_interval
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that notebook 06 shows.
+    """Everything that notebook 06 shows of one track and share of training labels.
 
     Attributes
     ----------
     directory : pathlib.Path
         outputs/<dataset>/report/
-    readouts, scores, table, verdicts, deltas : pandas.DataFrame
-        See `perturbret.compare`.
-    missing : list of str
-        Runs that were expected or begun and have no complete evaluation.
+    track : str
+    train_share : float
+    readouts, scores, table, verdicts : pandas.DataFrame
+        See `choose_readouts`, `kept_scores`, `estimates` and `null_verdicts` of `perturbret.compare`.
+    contrasts : pandas.DataFrame
+        See `perturbret.contrasts.contrasts`.
     chance : dict of str to float
         Chance of every metric for single cells, micro average.
     prior : float
         Share of the most common condition among the single-cell queries.
+    missing : list of str
+        Runs that were expected or begun and have no complete evaluation.
+    warnings : list of str
+        What the reader must know before anything else, in Markdown.
+    suspect, confounded : bool
+        A check of the screen found that labels may be given away, or that batches are (nearly) the conditions: no
+        verdict is given then.
+    checks : list of str
+        Checks of the screen that were run and found nothing, beside the null control.
+    others : list of Report
+        Of further tracks and shares of labels; no method is compared across them.
     """
 
     directory: Path
+    track: str
+    train_share: float
     readouts: pd.DataFrame
     scores: pd.DataFrame
     table: pd.DataFrame
     verdicts: pd.DataFrame
-    deltas: pd.DataFrame
-    missing: list
+    contrasts: pd.DataFrame
     chance: dict
     prior: float
+    missing: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+    suspect: bool = False
+    confounded: bool = False
+    checks: list = field(default_factory=list)
+    others: list = field(default_factory=list)
+
+    @property
+    def best(self) -> str | None:
+        """The method that reads expression and is best on validation cells under the mask of the headline."""
+        return first_of(self.readouts, LEAK_FREE, "simple", "tuned")
+
+    @property
+    def baseline(self) -> str | None:
+        """The best of the simple opponents that read expression."""
+        return first_of(self.readouts, LEAK_FREE, "simple")
+
+    @property
+    def tuned(self) -> str | None:
+        """The best of scGPT's modes."""
+        return first_of(self.readouts, LEAK_FREE, "tuned")
+
+    @property
+    def nuisance(self) -> str | None:
+        """The best of the opponents that read no expression."""
+        return first_of(self.readouts, LEAK_FREE, "nuisance")
 
     def rows(self, mask: str = LEAK_FREE, metric: str = "exact_hit@1", average: str = "micro", **others):
-        """Rows of the comparison for one mask, metric and average; `others` are further column = value."""
+        """Rows of the estimates for one mask, metric and average; `others` are further column = value."""
         wanted = {"mask": mask, "metric": metric, "average": average, **others}
         return self.table[np.logical_and.reduce([self.table[key] == value for key, value in wanted.items()])]
 
     def single(self, mask: str = LEAK_FREE, metric: str = "exact_hit@1", average: str = "micro"):
-        """Rows of the primary read-outs for single cells, best first."""
-        rows = self.rows(mask, metric, average, query_size=1)
-        return rows[rows["primary"]].sort_values("estimate", ascending=False)
+        """Rows of the chosen read-outs for single cells, best first."""
+        rows = self.rows(mask, metric, average, query_size=1, primary=True)
+        return rows.sort_values(["estimate", "encoder"], ascending=[False, True])
+
+    def asked(self, question: str, mask: str = LEAK_FREE) -> pd.DataFrame:
+        """Contrasts of one question, by method."""
+        rows = self.contrasts[(self.contrasts["question"] == question) & (self.contrasts["mask"] == mask)]
+        return rows.set_index("encoder")
 
 
 def build_report(
@@ -68,8 +119,15 @@ def build_report(
     failed: list | None = None,
     outputs: str = "",
     n_resamples: int = 1000,
+    warnings: Sequence[str] = (),
+    suspect: bool = False,
+    confounded: bool = False,
+    checks: Sequence[str] = (),
 ) -> Report:
-    """Compare the finished runs of a dataset and write comparison.csv, readouts.csv and null_control.csv.
+    """Compare the finished runs of a dataset and write its tables as CSV.
+
+    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv, and
+    as text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
 
     Parameters
     ----------
@@ -82,36 +140,129 @@ def build_report(
     outputs : str
         See `perturbret.runs.outputs_root`.
     n_resamples : int
-        Bootstrap resamples.
+        Resamples of conditions behind the stability of read-outs; a tenth of the sign patterns of paired tests.
+    warnings, suspect, confounded, checks
+        See `Report`.
 
     Raises
     ------
     FileNotFoundError
-        No finished run under the leak-free mask.
+        No finished run under the mask all_targets.
     """
     root = outputs_root(outputs) / screen.name
     finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=fit_code)
     finished = [run for run in finished if run.name not in (failed or [])]
     missing = sorted({*missing, *(failed or [])})
-    if not any(run.params["mask"] == LEAK_FREE for run in finished):
+    arenas = sorted({run.arena for run in finished if run.params["mask"] == LEAK_FREE}, key=_main_first)
+    if not arenas:
         raise FileNotFoundError(
             f"{root}: expected at least one finished run with mask {LEAK_FREE}, found {len(finished)} finished runs in "
             f"all and {len(missing)} unfinished; run `make report` or notebooks 03 and 05"
         )
-    readouts = choose_readouts(finished)
-    scores = chosen_scores(finished, readouts)
-    table = comparison(scores, readouts, n_resamples=n_resamples)
-    verdicts = null_verdicts(finished, readouts)
-    deltas = mask_deltas(scores, n_resamples=n_resamples)
-    summary = finished[0].table("summary").query("query_size == 1 and average == 'micro'")
+    shared = {"missing": missing, "warnings": list(warnings), "suspect": suspect, "confounded": confounded}
+    shared["checks"] = list(checks)
+    parts = [
+        _compared(
+            root / "report", arena, [run for run in finished if run.arena == arena], n_resamples, shared
+        )
+        for arena in arenas
+    ]
+    for name, tables in (
+        ("comparison", [part.table for part in parts]),
+        ("differences", [part.contrasts for part in parts]),
+        ("contrasts", [contrast_table(part, "baseline", "adapting", "pretraining") for part in parts]),
+        ("null_control", [part.verdicts for part in parts]),
+        ("readouts", [part.readouts.drop(columns=["available", "request"]) for part in parts]),
+        ("headline", [headline_table(part) for part in parts]),
+    ):
+        for part, table in zip(parts, tables, strict=True):
+            for column in reversed(ARENA):
+                if column not in table:
+                    table.insert(0, column, getattr(part, column))
+        write_table(root / "report" / f"{name}.csv", pd.concat(tables, ignore_index=True))
+    main, *others = parts
+    main.others.extend(others)
+    return main
+
+
+def headline_table(report: Report) -> pd.DataFrame:
+    """A row per method, as a README shows it: single cells, pools of 20, read-out, verdict against the baseline."""
+    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
+    pooled = report.rows(query_size=20, pooling="scores", primary=True).set_index("encoder")
+    against = report.asked("baseline")["verdict"]
+    roles = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"]
+    return pd.DataFrame(
+        [
+            {
+                "method": shown(row.encoder),
+                "exact_hit@1": with_interval(row),
+                "mrr": f"{mrr[row.encoder]:.3f}",
+                "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
+                if row.encoder in pooled.index
+                else "",
+                "read-out": readout_name(row.scoring, row.library),
+                "verdict": "the baseline"
+                if row.encoder == report.baseline
+                else against.get(row.encoder, roles[row.encoder]),
+            }
+            for row in report.single().itertuples()
+        ]
+    )
+
+
+def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
+    """Paired differences with their verdicts; see `perturbret.contrasts.contrasts`."""
+    rows = report.contrasts[report.contrasts["question"].isin(questions)]
+    rows = rows.sort_values(
+        ["question", "difference"],
+        key=lambda c: c.map(questions.index) if c.name == "question" else -c,
+    )
+    return pd.DataFrame(
+        [
+            {
+                "question": row.question,
+                "method": shown(row.encoder),
+                "exact_hit@1": f"{row.estimate:.3f}",
+                "against": f"{row.mask} instead of {row.against}"
+                if row.question == "mask"
+                else shown(row.against),
+                "has": f"{row.other:.3f}",
+                "at": readout_name(row.scoring, row.library),
+                "difference": difference(row),
+                "spread": spread(row.spread, row.n_repeats),
+                "p (Holm)": "" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}",
+                "verdict": row.verdict,
+                "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
+            }
+            for row in rows.itertuples()
+        ]
+    )
+
+
+def _main_first(arena: tuple) -> tuple:
+    track, share = arena
+    return track != "in_dist", track, -share
+
+
+def _compared(directory: Path, arena: tuple, runs: list[Finished], n_resamples: int, shared: dict) -> Report:
+    readouts = choose_readouts(runs, n_resamples=n_resamples)
+    scores = kept_scores(runs, readouts)
+    verdicts = null_verdicts(runs, readouts)
+    reason = "suspect" if shared["suspect"] else "confounded" if shared["confounded"] else ""
+    table = contrasts(
+        scores,
+        readouts,
+        n_permutations=10 * n_resamples,
+        no_verdict=f"not judged: {reason}" if reason else "",
+    )
+    judge = next(run for run in runs if run.params["mask"] == LEAK_FREE)
+    summary = judge.table("summary").query("query_size == 1 and average == 'micro'")
     chance = summary.groupby("metric")["chance"].first().to_dict()
-    first = scores.query("query_size == 1 and seed == seed.min()").drop_duplicates("query_id")
-    prior = float(first["condition"].value_counts(normalize=True).iloc[0])
-    directory = root / "report"
-    write_table(directory / "comparison.csv", table)
-    write_table(directory / "null_control.csv", verdicts)
-    write_table(directory / "readouts.csv", readouts)
-    return Report(directory, readouts, scores, table, verdicts, deltas, missing, chance, prior)
+    queries = scores[scores["query_size"] == 1].drop_duplicates("query_id")
+    prior = float(queries["condition"].value_counts(normalize=True).iloc[0])
+    return Report(
+        directory, *arena, readouts, scores, estimates(scores), verdicts, table, chance, prior, **shared
+    )
 
 
 def save_figure(report: Report, figure, name: str) -> None:
@@ -121,32 +272,35 @@ def save_figure(report: Report, figure, name: str) -> None:
 
 
 def validity(report: Report) -> pd.DataFrame:
-    """Null-control verdict by encoder and mask: runs that hold, worst case, INVALID where one does not."""
-    primary = report.verdicts[report.verdicts["primary"]]
+    """Null-control verdict by encoder and mask: runs that hold, INVALID where one does not.
+
+    `detectable` is that of the run which finds least: the smallest leak found with 80% power, infinite for none.
+    """
     rows = []
-    for (encoder, mask), part in primary.groupby(["encoder", "mask"]):
-        failed = int((~part["holds"]).sum())
-        verdict = "holds" if not failed else ("LEAK (mask is unsafe)" if mask in UNSAFE else "INVALID")
-        row = {"encoder": encoder, "mask": mask, "runs": len(part), "not holding": failed}
+    for (encoder, mask), part in report.verdicts.groupby(["encoder", "mask"]):
+        broken = int((~part["holds"]).sum())
+        verdict = "holds" if not broken else ("LEAK (mask is unsafe)" if mask in UNSAFE else "INVALID")
+        row = {"encoder": encoder, "mask": mask, "runs": len(part), "not holding": broken}
         row |= {
             name: part[name].mean()
             for name in ("estimate", "ci_low", "ci_high", "luck", "class_prior", "chance")
         }
+        row["detectable"] = part["detectable"].fillna(np.inf).max()
         rows.append({**row, "verdict": verdict})
     return pd.DataFrame(rows)
 
 
 def per_condition(report: Report, encoder: str) -> pd.DataFrame:
-    """exact_hit@1 of every condition for one encoder's primary read-out.
+    """exact_hit@1 of every condition for one encoder's chosen read-out.
 
     Returns
     -------
     pandas.DataFrame
-        condition; `estimate` with a Wilson 95% interval whose size is the number of distinct cells (several
-        seeds may query the same cell); `base_rate`, how often the condition is ranked first for queries of
-        other conditions: what a leaning towards it would hit; n_cells.
+        condition; `estimate`, over its cells and the repeats, with a Wilson 95% interval whose size is the number of
+        cells; `base_rate`, how often the condition is ranked first for queries of other conditions: what a leaning
+        towards it would hit; n_cells.
     """
-    part = _leak_free_singles(report, encoder)
+    part = _own_singles(report, encoder)
     first = part["top10"].str.split("|").str[0]
     rows = []
     for condition, group in part.groupby("condition"):
@@ -167,7 +321,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
     """Row-normalised confusion among the `n` conditions that take part in the largest mix-ups."""
-    part = _leak_free_singles(report, encoder)
+    part = _own_singles(report, encoder)
     first = part["top10"].str.split("|").str[0]
     full = pd.crosstab(part["condition"], first, normalize="index")
     names = sorted(set(full.index) | set(full.columns))
@@ -184,7 +338,7 @@ def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
     return full.loc[sorted(chosen), sorted(chosen)]
 
 
-def _leak_free_singles(report: Report, encoder: str) -> pd.DataFrame:
+def _own_singles(report: Report, encoder: str) -> pd.DataFrame:
     scores = report.scores
     chosen = scores["primary"] & (scores["encoder"] == encoder) & (scores["mask"] == LEAK_FREE)
     return scores[chosen & (scores["query_size"] == 1)]

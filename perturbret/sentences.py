@@ -1,23 +1,25 @@
 """What follows from the tables, in Markdown sentences computed from them."""
 
+import numpy as np
 import pandas as pd
 
-from .adaptation import tuned_lines
 from .audit import targets_findings
 from .compare import LEAK_FREE
 from .conditions import CTRL
-from .contenders import CEILING, best_baseline, best_method
+from .contenders import CEILING
+from .contrasts import MIN_REPEATS
 from .masking import UNSAFE
 from .metrics import coverage_area
 from .nulls import null_limits
+from .readouts import readout_name
 from .report import Report, validity
 from .runs import Run
-from .wording import bullets, percent, span
+from .wording import bullets, percent, plain, span
 
 MASK_MEANING = {
     "none": "nothing is masked: a measured target may give its condition away",
     "own_targets": "every cell's own targets are zeroed. **Unsafe:** the zeros tell which genes were perturbed",
-    "all_targets": "the targets of all conditions are removed from every cell, so no gene tells the condition by name",
+    "all_targets": "the columns matched to targets of all conditions are removed from every cell",
 }
 
 
@@ -46,7 +48,7 @@ def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) 
     settings = ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing to choose"
     lines = [
         f"Settings chosen on validation: {settings}.",
-        f"Best read-out there: {_named(library, scoring)}, exact_hit@1 **{percent(row.estimate)}** "
+        f"Best read-out there: {readout_name(scoring, library)}, exact_hit@1 **{percent(row.estimate)}** "
         f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
         f"The encoder and its null twin are saved in `{run.directory.name}/`. Notebook 05 judges them on query cells, "
         f"given the same dataset, mask, seed and search, `encoder` {run.params['encoder']} and `run` "
@@ -63,7 +65,7 @@ def evaluation_summary(
     row = _one(single, library, scoring, "exact_hit@1", "micro")
     macro = _one(single, library, scoring, "exact_hit@1", "macro")
     lines = [
-        f"Single cells, {_named(library, scoring)}: the true condition is first for **{percent(row.estimate)}** "
+        f"Single cells, {readout_name(scoring, library)}: the true condition is first for **{percent(row.estimate)}** "
         f"{span(row.ci_low, row.ci_high)} (macro {percent(macro.estimate)}); chance {percent(row.chance)}."
     ]
     pooled = summary.query("metric == 'exact_hit@1' and average == 'micro' and query_size > 1")
@@ -79,9 +81,8 @@ def evaluation_summary(
     state = "above luck" if control.p_value < 0.01 else "in line with luck"
     lines.append(
         f"Null control: shuffled labels reach {percent(control.estimate)} {span(control.ci_low, control.ci_high)}, "
-        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}."
+        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}. {null_limits(control)}"
     )
-    lines.append(null_limits(control))
     if run.params["mask"] in UNSAFE:
         lines.append(
             f"**`{run.params['mask']}` is unsafe**: this page shows the leak; its hit rates are no evidence."
@@ -90,187 +91,185 @@ def evaluation_summary(
 
 
 def confidence(margin: pd.Series, hit: pd.Series) -> str:
-    """Area under the coverage-accuracy curve against what an uninformative margin gives."""
-    area, accuracy = coverage_area(margin.to_numpy(), hit.to_numpy()), hit.mean()
-    gain = "tells right from wrong" if area > 1.1 * accuracy else "tells little"
+    """Area under the coverage-accuracy curve beside what an uninformative margin gives."""
+    area = coverage_area(margin.to_numpy(), hit.to_numpy())
     return (
-        f"Area under the curve: {area:.3f}; a margin that says nothing has {accuracy:.3f}, the accuracy over all "
-        f"queries. The margin {gain}."
+        f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all "
+        f"queries."
     )
-
-
-def best_encoder(report: Report) -> str:
-    """The encoder that validation puts first under the leak-free mask."""
-    return best_method(report.readouts, LEAK_FREE)
-
-
-def conclusion(report: Report, conditions: pd.DataFrame) -> str:
-    """What follows from the whole report, for somebody who must act on it."""
-    best = best_encoder(report)
-    row = _row(report, best)
-    clear = conditions[conditions["ci_low"] > conditions["base_rate"]]
-    easiest = conditions.loc[(conditions["estimate"] - conditions["base_rate"]).idxmax(), "condition"]
-    lines = [
-        f"{len(clear)} of {len(conditions)} conditions are ranked first by {best} for their own cells more often than "
-        f"for cells of other conditions, each taken by itself (95% intervals); the easiest is {easiest}.",
-        *_pooling_lines(report, best),
-    ]
-    five = report.single(metric="exact_hit@5").set_index("encoder").loc[best]
-    lines.append(
-        f"A list of five conditions holds the right one for {percent(five.estimate)} of single cells; chance is "
-        f"{percent(report.chance['exact_hit@5'])}."
-    )
-    others = report.single()
-    others = others[(others["encoder"] != CEILING) & (others["encoder"] != row.baseline)]
-    proven = (others["p_holm"] < 0.05) & ((others["diff_high"] < 0) | (others["diff_low"] > 0))
-    for text, chosen in (
-        (
-            f"Clearly behind the baseline {row.baseline} (Holm-adjusted p < 0.05)",
-            proven & (others["difference"] < 0),
-        ),
-        (
-            f"Clearly ahead of {row.baseline} on query cells",
-            proven & (others["difference"] > 0),
-        ),
-        (f"Not told apart from {row.baseline} by these cells", ~proven),
-    ):
-        if chosen.any():
-            lines.append(f"{text}: {', '.join(others.loc[chosen, 'encoder'])}.")
-    n = int(row.n_conditions)
-    if len(others) * 2 / 2**n >= 0.05:
-        lines.append(f"{n} conditions are too few for the paired test to prove any difference.")
-    return bullets(lines)
-
-
-def _pooling_lines(report: Report, best: str) -> list[str]:
-    """Single cells against the largest pools, on the conditions that have such pools; scores are pooled."""
-    scores = report.scores
-    own = scores[scores["primary"] & (scores["encoder"] == best) & (scores["mask"] == LEAK_FREE)]
-    pooled = own[own["pooling"] == "scores"]
-    if pooled.empty:
-        return []
-    size = int(pooled["query_size"].max())
-    pooled = pooled[pooled["query_size"] == size]
-    single = own[(own["query_size"] == 1) & own["condition"].isin(pooled["condition"])]
-    before, after = (part.groupby("condition")["exact_hit@1"].mean().mean() for part in (single, pooled))
-    return [
-        f"Pooling the scores of {size} cells of one condition takes {best} from {percent(before)} to {percent(after)} "
-        f"(macro, the {pooled['condition'].nunique()} conditions with so many query cells)."
-    ]
 
 
 def headline(report: Report) -> str:
-    """The answer, in Markdown: best method, its lead, what masking changes, whether the null control holds."""
-    lines = [_best_line(report), *_lead_lines(report), *_ceiling_lines(report), *_mask_lines(report)]
-    lines += [*tuned_lines(report), *_null_lines(report), *_missing_lines(report)]
-    return bullets(lines)
+    """The answer, in Markdown, warnings first: who is first, against whom, what the null control and the checks say."""
+    lines = [f"**{line}**" if not line.startswith("**") else line for line in report.warnings]
+    lines += [*_best_lines(report), *_tuned_lines(report), *_ceiling_lines(report), *_null_lines(report)]
+    return bullets([*lines, *_interval_lines(report), *_missing_lines(report)])
 
 
-def _best_line(report: Report) -> str:
-    row = _row(report, best_encoder(report))
+def _best_lines(report: Report) -> list[str]:
+    """The method that validation puts first, its verdict, its excess over what reads no expression."""
+    luck = (
+        f"chance is {percent(report.chance['exact_hit@1'])}, always naming the most common condition "
+        f"{percent(report.prior)}"
+    )
+    if report.best is None:
+        return [
+            f"**No method that reads expression was run** with mask `{LEAK_FREE}`: nothing is compared; {luck}."
+        ]
+    row = _row(report, report.best)
+    at = f"{row.n_queries:,} query cells, {row.n_conditions} conditions, {_times(row.n_repeats, 'seed')}"
+    if reason := _no_conclusion(report):
+        line = f"**No method is named best: {reason}.** Mask `{LEAK_FREE}`, {at}; {luck}."
+        return [line, *_nuisance_lines(report)]
     macro = report.single(average="macro").set_index("encoder").loc[row.encoder]
-    verdicts = validity(report).set_index(["encoder", "mask"])["verdict"]
-    invalid = (
-        " **INVALID: its null control does not hold.**" if verdicts[row.encoder, LEAK_FREE] != "holds" else ""
-    )
-    return (
-        f"**Best method under the leak-free mask: {row.encoder}** (read-out: {_readout(row)}; chosen on validation "
-        f"cells). It ranks the right condition first for **{percent(row.estimate)}** of single cells "
-        f"{span(row.ci_low, row.ci_high)}, macro over conditions {percent(macro.estimate)}. "
-        f"Chance is {percent(report.chance['exact_hit@1'])}, always naming the most common condition "
-        f"{percent(report.prior)}. {row.n_seeds} {'seed' if row.n_seeds == 1 else 'seeds'}, "
-        f"{row.n_queries:,} queries, {row.n_conditions} conditions.{invalid}"
-    )
+    choice = report.readouts.query("encoder == @row.encoder and mask == @LEAK_FREE").iloc[0]
+    best_of = f", best of {choice.n_readouts} read-outs" if choice.n_readouts > 1 else ""
+    lines = [
+        f"**First on validation cells, mask `{LEAK_FREE}`: {plain(row.encoder)}** "
+        f"({readout_name(row.scoring, row.library)}{best_of}). On query cells it ranks the right condition first for "
+        f"**{percent(row.estimate)}** of single cells {span(row.ci_low, row.ci_high)}, macro over conditions "
+        f"{percent(macro.estimate)}; {luck}. {at}."
+    ]
+    return [*lines, *_baseline_lines(report), *_nuisance_lines(report)]
 
 
-def _lead_lines(report: Report) -> list[str]:
-    """The best method against the best simple opponent, or, where that is it, against the next."""
-    best = best_encoder(report)
-    row, sign = _row(report, best), 1
-    try:
-        if row.baseline == best:
-            row, sign = _row(report, best_baseline(report.readouts, LEAK_FREE, without=best)), -1
-    except ValueError:
-        return []
-    other = _row(report, row.baseline) if sign == 1 else row
-    low, high = sorted((sign * row.diff_low, sign * row.diff_high))
-    proven = row.p_holm < 0.05 and (low > 0 or high < 0)
-    verdict = (
-        ("a lead" if low > 0 else "the other is ahead on query cells") if proven else "not a proven lead"
-    )
-    which = "best simple baseline" if sign == 1 else "best other baseline"
+def _baseline_lines(report: Report) -> list[str]:
+    """Every method's verdict against the baseline, in lists."""
+    against = report.asked("baseline")
+    if report.baseline is None:
+        return [
+            "No simple opponent was run: there is no baseline, and scGPT's modes have nothing to be judged by."
+        ]
+    lists = [
+        f"{verdict}: {', '.join(plain(name) for name in part.index)}"
+        for verdict, part in against.groupby("verdict", sort=True)
+    ]
     return [
-        f"**Against the {which}** ({other.encoder}, {_readout(other)}, {percent(other.estimate)}): difference "
-        f"**{percent(sign * row.difference, True)}** {span(low, high, True)} on the same queries, Holm-adjusted p = "
-        f"{row.p_holm:.3g}: {verdict}."
+        f"**Against {plain(report.baseline)}**, the best simple opponent on validation cells, on the same query "
+        f"cells and at one read-out for both: {'; '.join(lists) or 'no other method was run'}."
+    ]
+
+
+def _nuisance_lines(report: Report) -> list[str]:
+    if report.nuisance is None:
+        return ["No nuisance opponent (batch, library size, prior) was run: what they reach is not known."]
+    reached = percent(_row(report, report.nuisance).estimate)
+    excess = report.asked("nuisance")
+    line = f"**{plain(report.nuisance)}, which reads no expression**, reaches {reached}"
+    if report.best in excess.index and not _no_conclusion(report):
+        found = excess.loc[report.best]
+        line += f"; {plain(report.best)} {percent(found.difference, True)} {span(found.low, found.high, True)} more"
+    return [line + "."]
+
+
+def _tuned_lines(report: Report) -> list[str]:
+    """scGPT's best mode against the baseline, against frozen, and against random weights."""
+    if report.tuned is None or _no_conclusion(report):
+        return []
+    row, parts = _row(report, report.tuned), []
+    for question, named in (
+        ("baseline", "{}"),
+        ("adapting", "frozen ({})"),
+        ("pretraining", "random weights ({})"),
+    ):
+        found = report.asked(question)
+        if report.tuned in found.index:
+            one = found.loc[report.tuned]
+            parts.append(
+                f"against {named.format(plain(one.against))} {percent(one.difference, True)} "
+                f"{span(one.low, one.high, True)} at {readout_name(one.scoring, one.library)}, {one.verdict}"
+            )
+    return [
+        f"**scGPT's best mode** on validation cells is {plain(report.tuned)}, "
+        f"{readout_name(row.scoring, row.library)}, {percent(row.estimate)}{': ' if parts else ''}{'; '.join(parts)}."
     ]
 
 
 def _ceiling_lines(report: Report) -> list[str]:
     ceiling = report.single()
     ceiling = ceiling[ceiling["encoder"] == CEILING]
-    if ceiling.empty:
-        return []
-    top = ceiling.iloc[0]
     return [
-        f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(top.estimate)}; the best method "
-        f"reaches {percent(_row(report, best_encoder(report)).estimate / top.estimate)} of it."
+        f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(row.estimate)}."
+        for row in ceiling.itertuples()
     ]
-
-
-def _mask_lines(report: Report) -> list[str]:
-    rows = report.deltas[report.deltas["encoder"] == best_encoder(report)]
-    found = validity(report)
-    leaks = (
-        found["mask"].isin(UNSAFE) & (found["encoder"] == best_encoder(report)) & (found["not holding"] > 0)
-    )
-    lines, leaks = [], bool(leaks.any())
-    for row in rows.itertuples():
-        changes = row.ci_low > 0 or row.ci_high < 0
-        note = "; part of that is the leak below" if row.mask in UNSAFE and changes and leaks else ""
-        lines.append(
-            f"**Mask `{row.mask}` instead of `{LEAK_FREE}`** changes {row.encoder} by {percent(row.delta, True)} "
-            f"{span(row.ci_low, row.ci_high, True)}: {'a change' if changes else 'no proven change'}{note}."
-        )
-    return lines
 
 
 def _null_lines(report: Report) -> list[str]:
+    """What was checked, what it can find, what it found; of the unsafe mask, how much it leaks."""
     found = validity(report)
     safe, unsafe = found[~found["mask"].isin(UNSAFE)], found[found["mask"].isin(UNSAFE)]
-    bad = safe[safe["verdict"] == "INVALID"]
-    lines = [
-        f"**Null control** (labels permuted, same pipeline), masks {', '.join(sorted(set(safe['mask'])))}: holds in "
-        f"{int(safe['runs'].sum() - safe['not holding'].sum())} of {int(safe['runs'].sum())} runs"
-        + (f"; INVALID: {', '.join(bad['encoder'] + ' under ' + bad['mask'])}." if len(bad) else ".")
-    ]
-    if len(unsafe):
+    bad, runs = safe[safe["verdict"] == "INVALID"], int(safe["runs"].sum())
+    own = report.verdicts[~report.verdicts["mask"].isin(UNSAFE)]
+    weakest = own.loc[own["detectable"].fillna(np.inf).idxmax()]
+    held = runs - int(safe["not holding"].sum())
+    line = (
+        f"**Null control** (labels permuted, same pipeline; masks {', '.join(sorted(set(safe['mask'])))}): holds in "
+        f"{held} of {_times(runs, 'run')}. {null_limits(weakest, runs)}"
+    )
+    if len(bad):
+        names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())
+        line += f" **INVALID: {names}.**"
+    lines = [line]
+    if not len(bad) and not report.suspect and not report.confounded:
+        ran = ", ".join([*report.checks, "null control"])
+        lines.append(f"**No leak was found by the checks that were run**: {ran}.")
+    if unsafe["not holding"].any():
         worst = unsafe.loc[(unsafe["estimate"] - unsafe["luck"]).idxmax()]
+        broken, among = int(unsafe["not holding"].sum()), _times(int(unsafe["runs"].sum()), "run")
         lines.append(
-            f"**`own_targets` leaks the label** in {int(unsafe['not holding'].sum())} of {int(unsafe['runs'].sum())} "
-            f"runs: with labels that mean nothing, {worst['encoder']} still reaches {percent(worst['estimate'])} "
-            f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])} (class prior "
-            f"{percent(worst['class_prior'])}). Numbers under `own_targets` are not evidence."
-            if unsafe["not holding"].any()
-            else "`own_targets` shows no measurable leak here; it stays unsafe."
+            f"**`own_targets` leaks the label** in {broken} of {among}: with labels that mean nothing, "
+            f"{plain(worst['encoder'])} still reaches {percent(worst['estimate'])} "
+            f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])}. Numbers under "
+            f"`own_targets` are not evidence."
         )
     return lines
+
+
+def _interval_lines(report: Report) -> list[str]:
+    """How often intervals of this kind hold the truth with so many conditions, and what a verdict takes."""
+    row = report.single().iloc[0]
+    return [
+        f"**Intervals** are over {row.n_conditions} conditions and the seeds. A verdict takes a Holm-adjusted paired p "
+        f"below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
+    ]
 
 
 def _missing_lines(report: Report) -> list[str]:
     return [f"**Missing**: {', '.join(report.missing)} did not finish."] if report.missing else []
 
 
+def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
+    """What follows for somebody who must act on it: how far hit rates differ, what pooling and a short list bring."""
+    worst, median, top = (conditions["estimate"].quantile(q) for q in (0, 0.5, 1))
+    named = plain(conditions.loc[conditions["estimate"].idxmax(), "condition"])
+    five = report.single(metric="exact_hit@5").set_index("encoder").loc[encoder]
+    lines = [
+        f"Hit rates of {plain(encoder)} per condition run from {percent(worst)} to {percent(top)} ({named}), half of "
+        f"them above {percent(median)}.",
+        f"A list of five conditions holds the right one for {percent(five.estimate)} {span(five.ci_low, five.ci_high)} "
+        f"of single cells; chance is {percent(report.chance['exact_hit@5'])}.",
+    ]
+    pooled = report.rows(average="macro", pooling="scores", encoder=encoder, primary=True)
+    for row in pooled.sort_values("query_size").tail(1).itertuples():
+        lines.append(
+            f"Pools of {row.query_size} cells of one condition, scores pooled: {percent(row.estimate)} "
+            f"{span(row.ci_low, row.ci_high)} (macro, {row.n_queries} queries of the {row.n_conditions} conditions "
+            f"with so many query cells)."
+        )
+    return bullets(lines)
+
+
+def _no_conclusion(report: Report) -> str:
+    reasons = [("suspect", "labels may be given away"), ("confounded", "batches and conditions go together")]
+    return "; ".join(f"{name} ({why})" for name, why in reasons if getattr(report, name))
+
+
 def _row(report: Report, encoder: str):
     return report.single().query("encoder == @encoder").iloc[0]
 
 
-def _readout(row) -> str:
-    return _named(row.library, row.scoring)
-
-
-def _named(library: str, scoring: str) -> str:
-    return scoring if library == "none" else f"{scoring}, {library} library"
+def _times(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _one(table: pd.DataFrame, library: str, scoring: str, metric: str, average: str):

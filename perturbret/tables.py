@@ -2,13 +2,13 @@
 
 import pandas as pd
 
-from .compare import LEAK_FREE
-from .contenders import CEILING
-from .figures import method_name
+from .compare import LEAK_FREE, SHOWN
+from .contenders import shown
 from .gene_space import GeneSpace
 from .metrics import coverage_area
+from .readouts import readout_name
 from .report import Report, validity
-from .wording import from_to
+from .wording import difference, from_to, spread, with_interval
 
 
 def interval_table(summary: pd.DataFrame, metrics: list[str], *, rows: list[str]) -> pd.DataFrame:
@@ -80,55 +80,95 @@ def gene_space_table(space: GeneSpace, verified: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def comparison_table(report: Report) -> pd.DataFrame:
-    """Every method on single cells under the leak-free mask, against the best baseline."""
-    rows = report.rows(query_size=1).sort_values("estimate", ascending=False)
-    macro = report.rows(average="macro", query_size=1).set_index(["encoder", "scoring"])["estimate"]
-    verdicts = validity(report)
-    verdicts = verdicts[verdicts["mask"] == LEAK_FREE].set_index("encoder")["verdict"]
-    unmasked = set(report.readouts.loc[report.readouts["unmasked"], "encoder"])
-    table = pd.DataFrame(
-        {
-            "method": [method_name(row.encoder, row.scoring) for row in rows.itertuples()],
-            "library": rows["library"].to_numpy(),
-            "chosen read-out": ["yes" if primary else "" for primary in rows["primary"]],
-            "exact_hit@1": [with_interval(row) for row in rows.itertuples()],
-            "macro": [f"{macro[row.encoder, row.scoring]:.3f}" for row in rows.itertuples()],
-            "difference": [_difference(row) for row in rows.itertuples()],
-            "null control": [
-                verdicts[row.encoder] + ("; computed before masking" if row.encoder in unmasked else "")
-                for row in rows.itertuples()
-            ],
-            "p_holm": ["" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}" for row in rows.itertuples()],
+def method_table(report: Report) -> pd.DataFrame:
+    """Every method on single cells, mask all_targets: by itself, over the nuisance, against the baseline."""
+    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
+    nulls = validity(report).set_index(["encoder", "mask"])["verdict"]
+    chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")
+    against, excess = report.asked("baseline"), report.asked("nuisance")
+    table = []
+    for row in report.single().itertuples():
+        name, choice = row.encoder, chosen.loc[row.encoder]
+        stable = f"; best of {choice.n_readouts}, {choice.stability:.0%}" if choice.n_readouts > 1 else ""
+        own = {
+            "nuisance": "reads no expression",
+            "ceiling": "ceiling",
+            "precomputed": "computed before masking",
         }
-    )
-    return table.set_index("method")
+        alone = "the baseline" if name == report.baseline else own.get(choice.role, "")
+        cells = {"method": shown(name), "exact_hit@1": with_interval(row)}
+        cells |= {"spread": spread(row.spread, row.n_repeats), "mrr": f"{mrr[name]:.3f}"}
+        if report.nuisance:
+            cells[f"over {report.nuisance}"] = difference(excess.loc[name]) if name in excess.index else ""
+        cells |= {"against the baseline": "", "verdict": alone}
+        if name in against.index:
+            found = against.loc[name]
+            p = "" if pd.isna(found.p_holm) else f", p = {found.p_holm:.2g}"
+            at = readout_name(found.scoring, found.library)
+            cells |= {"against the baseline": f"{difference(found)} at {at}", "verdict": found.verdict + p}
+        if nulls[name, LEAK_FREE] != "holds":
+            cells["verdict"] = "; ".join(filter(None, [cells["verdict"], "INVALID: null control"]))
+        table.append({**cells, "read-out": readout_name(row.scoring, row.library) + stable})
+    return pd.DataFrame(table).set_index("method").rename_axis(None)
 
 
-def difference_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences with their intervals; see `perturbret.adaptation.adaptation`."""
-    return pd.DataFrame(
-        {
-            "method": table["method"],
-            "against": table["against"],
-            "question": table["question"],
-            **{
-                metric: [
-                    f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-                    for value, low, high in table[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy(float)
-                ]
-                for metric in ("exact_hit@1", "mrr")
-            },
-        }
+def readout_table(report: Report) -> pd.DataFrame:
+    """exact_hit@1 of every method at the same read-outs, single cells; `chosen`: best of k on validation cells."""
+    rows = report.rows(query_size=1).assign(
+        text=lambda table: [with_interval(row) for row in table.itertuples()],
+        at=lambda table: [
+            readout_name(*pair) for pair in zip(table["scoring"], table["library"], strict=True)
+        ],
     )
+    order = report.single()["encoder"]
+    wide = rows.pivot(index="encoder", columns="at", values="text").reindex(order)
+    wide = wide[[name for name in (readout_name(*pair) for pair in SHOWN) if name in wide]].fillna("")
+    chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder").loc[order]
+    wide["chosen"] = [readout_name(row.scoring, row.library) for row in chosen.itertuples()]
+    wide["among"] = chosen["n_readouts"]
+    wide["chosen again"] = [f"{value:.0%}" for value in chosen["stability"]]
+    return wide.rename(index=shown).rename_axis(index=None, columns=None)
+
+
+def pool_table(report: Report) -> pd.DataFrame:
+    """exact_hit@1 by cells per query, scores pooled, in the order of the single cells; few queries, wide intervals."""
+    rows = report.rows(primary=True)
+    rows = rows[rows["pooling"].isin(["single", "scores"])]
+    columns = [f"{size} ({n:,} queries)" for size, n in rows.groupby("query_size")["n_queries"].max().items()]
+    text = rows.assign(text=[with_interval(row) for row in rows.itertuples()])
+    wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(
+        report.single()["encoder"]
+    )
+    return wide.set_axis(columns, axis=1).fillna("").rename(index=shown).rename_axis(None)
 
 
 def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
-    """Primary read-outs on single cells under the leak-free mask, several metrics, with chance as last row."""
+    """Chosen read-outs on single cells, mask all_targets: several metrics and macro exact_hit@1, with chance last."""
     rows = pd.concat([report.single(metric=metric) for metric in metrics])
-    table = interval_table(rows, metrics, rows=["encoder"]).rename(index={CEILING: "Bayes ceiling"})
-    table.loc["chance"] = [f"{report.chance[metric]:.3f}" for metric in table.columns]
+    table = interval_table(rows, metrics, rows=["encoder"])
+    macro = report.single(average="macro").set_index("encoder").loc[table.index]
+    chance = [f"{report.chance[metric]:.3f}" for metric in table.columns]
+    table["exact_hit@1, macro"] = [with_interval(row) for row in macro.itertuples()]
+    table = table.rename(index=shown).rename_axis(index=None, columns=None)
+    table.loc["chance"] = [*chance, ""]
     return table
+
+
+def null_table(report: Report) -> pd.DataFrame:
+    """The null control by method and mask, with the smallest leak that it would find."""
+    found = validity(report)
+    return pd.DataFrame(
+        {
+            "method": [shown(name) for name in found["encoder"]],
+            "mask": found["mask"],
+            "runs": found["runs"],
+            "not holding": found["not holding"],
+            "exact_hit@1, permuted labels": [with_interval(row) for row in found.itertuples()],
+            "luck": [f"{value:.3f}" for value in found["luck"]],
+            "verdict": found["verdict"],
+            "finds from, share of cells": [f"{value:.3f}" for value in found["detectable"]],
+        }
+    )
 
 
 def area_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -136,16 +176,5 @@ def area_table(scores: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for encoder, part in scores.groupby("encoder"):
         margin, hit = part["margin"].to_numpy(), part["exact_hit@1"].to_numpy()
-        rows[encoder] = {"area": coverage_area(margin, hit), "accuracy over all queries": hit.mean()}
-    return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False)
-
-
-def with_interval(row) -> str:
-    """`0.181 [0.150, 0.215]` from a row with estimate, ci_low and ci_high."""
-    return f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
-
-
-def _difference(row) -> str:
-    if row.encoder == row.baseline and row.primary:
-        return "the baseline"
-    return f"{row.difference:+.3f} [{row.diff_low:+.3f}, {row.diff_high:+.3f}]"
+        rows[shown(encoder)] = {"area": coverage_area(margin, hit), "accuracy over all queries": hit.mean()}
+    return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False).round(3)

@@ -30,3 +30,18 @@ def from_to(before: float, after: float) -> str:
 
 def span(low: float, high: float, signed: bool = False) -> str:
     return f"[{percent(low, signed)}, {percent(high, signed)}]"
+
+
+def with_interval(row) -> str:
+    """`0.181 [0.150, 0.215]` from a row with estimate, ci_low and ci_high."""
+    return f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
+
+
+def difference(row) -> str:
+    """`+0.012 [-0.004, +0.028]` from a row with difference, low and high."""
+    return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+
+
+def spread(value: float, n_repeats: int) -> str:
+    """`0.004 (3)`: the standard deviation between repeats and their number."""
+    return f"– ({n_repeats})" if pd.isna(value) else f"{value:.3f} ({n_repeats})"

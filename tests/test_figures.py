@@ -22,12 +22,10 @@ def methods(**columns):
     table = pd.DataFrame(
         {
             "encoder": ["pca", "logreg", "bayes_ceiling"],
-            "scoring": ["cosine", "classifier", "classifier"],
             "mask": "all_targets",
             "estimate": [0.15, 0.18, 0.4],
             "ci_low": [0.1, 0.12, 0.3],
             "ci_high": [0.2, 0.25, 0.5],
-            "primary": [True, True, True],
         }
     )
     return table.assign(**columns)
@@ -38,8 +36,10 @@ def labels(axis):
 
 
 def test_ladder_has_the_best_on_top_and_draws_its_interval():
-    axis = figures.method_ladder(methods(), chance=0.03, prior=0.05).axes[0]
-    assert labels(axis) == ["pca + cosine", "logreg", "Bayes ceiling"]
+    roles = {"pca": "nuisance", "logreg": "simple", "bayes_ceiling": "ceiling"}
+    axis = figures.method_ladder(methods(), roles, chance=0.03, prior=0.05).axes[0]
+    assert labels(axis) == ["pca", "logreg", "Bayes ceiling"]
+    assert [line.get_mfc() for line in axis.lines if line.get_marker() == "o"] == ["white", "#1b6ca8"]
     bars = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2]
     assert [0.12, 0.25] in bars
     assert {text.get_text() for text in axis.texts} == {"chance", "class prior", "Bayes ceiling"}
@@ -74,6 +74,15 @@ def test_query_size_curves_start_at_single_cells_in_every_panel():
     assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[0.2, 0.4], [0.2, 0.3]]
 
 
+def test_names_with_dollars_are_no_mathematics():
+    table = pd.DataFrame(
+        {"condition": ["A$B^{$", "C$_$"], "estimate": [0.1, 0.2], "ci_low": 0.0, "ci_high": 1.0}
+    )
+    figure = figures.condition_hits(table, 0.02, "title of $A^{$")
+    figure.canvas.draw()
+    figures.confusion_heatmap(pd.DataFrame([[1.0]], index=["A$^{$"], columns=["A$^{$"]), "t").canvas.draw()
+
+
 def test_only_the_extreme_conditions_of_many_are_drawn():
     table = pd.DataFrame({"condition": [f"G{i:02d}" for i in range(60)], "estimate": np.linspace(0, 1, 60)})
     axis = figures.condition_hits(table.assign(ci_low=0.0, ci_high=1.0), 0.02, "title").axes[0]
@@ -84,16 +93,20 @@ def test_paired_differences_name_the_opponent_and_keep_their_ticks_apart():
     methods = [f"method_{i}_with_a_long_name" for i in range(8)]
     rows = [(method, "mlp", "baseline") for method in methods] + [(methods[0], "c", "adapting")]
     rows += [(methods[0], "c", "pretraining")]
-    table = pd.DataFrame(rows, columns=["method", "against", "question"])
-    table["exact_hit@1"] = [-0.0875, *np.linspace(-0.08, -0.0155, 7), 0.04, 0.02]
-    table["exact_hit@1_low"] = table["exact_hit@1"] - 0.045
-    table["exact_hit@1_high"] = table["exact_hit@1"] + 0.04
+    table = pd.DataFrame(rows, columns=["encoder", "against", "question"])
+    table["difference"] = [-0.0875, *np.linspace(-0.08, -0.0155, 7), 0.04, 0.02]
+    table["low"], table["high"] = table["difference"] - 0.045, table["difference"] + 0.04
+    table["verdict"] = ["worse", *["no clear difference"] * 8, "better"]
     figure = figures.paired_differences(table)
     figure.canvas.draw()
     left, middle, _ = figure.axes
     titles = [axis.get_title(loc="left") for axis in (left, middle)]
     assert titles == ["against the best simple opponent (mlp)", "adapted against frozen"]
     assert labels(left) == methods  # the best on top
+    assert [line.get_mfc() != "white" for line in left.lines if line.get_marker() == "o"] == [
+        True,
+        *[False] * 7,
+    ]
     for axis in figure.axes:
         boxes = [tick.get_window_extent() for tick in axis.get_xticklabels() if tick.get_text()]
         assert all(one.x1 < other.x0 for one, other in zip(boxes[:-1], boxes[1:], strict=True))

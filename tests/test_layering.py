@@ -34,8 +34,8 @@ LAYERS = {
         "trunk validation"
     ),
     "bookkeeping": (
-        "__main__ adaptation audit compare contenders coverage execute figures grid html index parameters pipeline "
-        "pretraining_report pretraining_run progress provenance report runs sentences shown superseded tables "
+        "__main__ audit compare contenders contrasts coverage execute figures grid html index parameters pipeline "
+        "pretraining_report pretraining_run progress provenance readouts report runs sentences shown superseded tables "
         "training_report wording workflow"
     ),
 }

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from perturbret.encoders import load_encoder
 from perturbret.pipeline import ensure_runs, evaluate_run, fit_run
 from perturbret.prepare import ContextMismatch
 from perturbret.simulate import simulate_screen
-from perturbret.wording import percent
+from perturbret.wording import percent, plain
 
 ENCODERS = ("prior", "pca", "logreg")
 SETTINGS = {
@@ -30,11 +32,11 @@ def screen():
 
 @pytest.fixture(scope="module")
 def outputs(screen, tmp_path_factory):
-    """Three encoders under two masks and two seeds, evaluated."""
+    """Three encoders under two masks and three seeds, evaluated."""
     directory = tmp_path_factory.mktemp("outputs")
     for encoder in ENCODERS:
         for mask in ("all_targets", "own_targets"):
-            for seed in (0, 1):
+            for seed in (0, 1, 2):
                 run = runs.open_run(screen, encoder=encoder, mask=mask, seed=seed, outputs=str(directory))
                 evaluate_run(run, **SETTINGS)
     return directory
@@ -43,6 +45,11 @@ def outputs(screen, tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(screen, outputs):
     return report.build_report(screen, outputs=str(outputs), n_resamples=300)
+
+
+def behind(built):
+    """The simple opponent that is not the baseline."""
+    return ({"pca", "logreg"} - {built.baseline}).pop()
 
 
 def opened(screen, outputs, **changes):
@@ -55,7 +62,7 @@ def test_a_run_leaves_every_artifact_of_the_design(screen, outputs):
     names = {path.name for path in directory.iterdir()}
     assert {
         "params.yaml", "manifest.json", "encoder", "null_encoder", "embeddings.h5ad", "scores.parquet",
-        "summary.csv", "validation.csv", "selection.csv", "null_control.csv",
+        "summary.csv", "validation.csv", "validation_scores.parquet", "selection.csv", "null_control.csv",
     } <= names  # fmt: skip
     assert not [name for name in names if ".tmp" in name]
     manifest = json.loads((directory / "manifest.json").read_text())
@@ -115,42 +122,43 @@ def test_an_evaluation_of_another_encoder_counts_as_missing(screen, outputs, tmp
     content["evaluation"]["encoder_sha256"] = "0" * 64
     manifest.write_text(json.dumps(content))
     finished, missing = compare.collect(tmp_path / screen.name)
-    assert missing == ["pca-all_targets-seed0"] and len(finished) == 11
+    assert missing == ["pca-all_targets-seed0"] and len(finished) == 17
 
 
-def test_comparison_agrees_with_the_scores_by_hand(built):
+def test_estimates_and_contrasts_agree_with_the_scores_by_hand(built):
     row = built.single().set_index("encoder").loc["pca"]
-    part = built.scores.query(
-        "encoder == 'pca' and mask == 'all_targets' and query_size == 1 and scoring == @row.scoring"
-    )
-    assert row.estimate == pytest.approx(part["exact_hit@1"].mean())
-    assert row.n_seeds == 2 and row.n_queries == len(part)
-    best = sentences.best_encoder(built)
-    other = built.scores.query(
-        f"encoder == {best!r} and mask == 'all_targets' and query_size == 1 and primary"
-    )
-    paired = part.merge(other, on=["seed", "query_id"], suffixes=("", "_best"))
-    assert row.difference == pytest.approx((paired["exact_hit@1"] - paired["exact_hit@1_best"]).mean())
-    assert row.diff_low <= row.difference <= row.diff_high
+    single = built.scores.query("mask == 'all_targets' and query_size == 1")
+    own = single.query("encoder == 'pca' and primary")
+    assert row.estimate == pytest.approx(own["exact_hit@1"].mean())
+    assert row.spread == pytest.approx(own.groupby("seed")["exact_hit@1"].mean().std())
+    assert row.n_repeats == 3 and row.n_queries == own["query_id"].nunique() == len(own) // 3
+    assert built.nuisance == "prior" and built.best == built.baseline != "prior"
+    contrast = built.asked("baseline").loc[behind(built)]
+    assert (contrast.scoring, contrast.library) == ("whitened", "mean")  # PCA has no classifier
+    sides = single.query("scoring == 'whitened' and library == 'mean' and encoder in ['pca', 'logreg']")
+    wide = sides.pivot(index=["seed", "query_id"], columns="encoder", values="exact_hit@1")
+    assert contrast.difference == pytest.approx((wide[behind(built)] - wide[built.baseline]).mean())
+    assert contrast.low < contrast.difference < contrast.high
 
 
-def test_the_baseline_has_no_difference_to_itself(built):
-    best = sentences.best_encoder(built)
-    own = built.single().set_index("encoder").loc[best]
-    assert own.difference == 0 and np.isnan(own.p_value)
+def test_the_baseline_is_not_compared_with_itself_and_nuisance_with_no_baseline(built):
+    assert set(built.asked("baseline").index) == {behind(built)}
+    excess = built.asked("nuisance")
+    assert set(excess.index) == {"pca", "logreg"} and set(excess["against"]) == {"prior"}
+    single = built.single().set_index("encoder")["estimate"]
+    assert excess.loc["logreg", "difference"] == pytest.approx(single["logreg"] - single["prior"])
 
 
 def test_readouts_are_chosen_on_validation_not_on_queries(screen, outputs, tmp_path):
     shutil.copytree(outputs / screen.name, tmp_path / screen.name)
-    for seed in (0, 1):
-        path = tmp_path / screen.name / f"pca-all_targets-seed{seed}" / "validation.csv"
-        table = pd.read_csv(path, keep_default_na=False)
-        chosen = (table["metric"] == "exact_hit@1") & (table["scoring"] == "cosine")
-        table.loc[chosen, "estimate"] = 0.999
-        table.to_csv(path, index=False)
-    changed = compare.choose_readouts(compare.collect(tmp_path / screen.name)[0])
-    row = changed.query("encoder == 'pca' and mask == 'all_targets' and primary").iloc[0]
-    assert row.scoring == "cosine" and row.validation == pytest.approx(0.999)
+    for seed in (0, 1, 2):
+        path = tmp_path / screen.name / f"pca-all_targets-seed{seed}" / "validation_scores.parquet"
+        table = pd.read_parquet(path)
+        table["exact_hit@1"] = (table["scoring"] == "cosine").astype(float)
+        table.to_parquet(path, index=False)
+    changed = compare.choose_readouts(compare.collect(tmp_path / screen.name)[0], n_resamples=50)
+    row = changed.query("encoder == 'pca' and mask == 'all_targets'").iloc[0]
+    assert row.scoring == "cosine" and row.validation == 1 and row.stability == 1
 
 
 def test_prior_only_predicts_the_most_common_condition(built):
@@ -162,19 +170,82 @@ def test_null_verdicts_hold_without_a_leak(built):
     assert set(verdicts.xs("all_targets", level="mask")) == {"holds"}
 
 
-def test_headline_names_best_method_interval_masks_and_null_control(built):
+def test_headline_says_who_is_first_by_what_verdict_and_what_was_checked(built):
     text = sentences.headline(built)
-    best = built.single().set_index("encoder").loc[sentences.best_encoder(built)]
-    assert f"**Best method under the leak-free mask: {best.name}**" in text
+    best = built.single().set_index("encoder").loc[built.best]
+    assert f"**First on validation cells, mask `all_targets`: {best.name}**" in text
     assert percent(best.estimate) in text and percent(best.ci_low) in text
-    assert "Mask `own_targets`" in text and "Null control" in text
+    verdict = built.asked("baseline").loc[behind(built), "verdict"]
+    assert f"{verdict}: {behind(built)}" in text and "**prior, which reads no expression**" in text
+    assert "detects only leaks that follow the permuted labels" in text
+    assert "**No leak was found by the checks that were run**: null control." in text
+    assert "leak-free" not in text
+
+
+def test_the_smallest_leak_that_the_null_control_finds_is_said_beside_it(built):
+    own = built.verdicts.query("mask == 'all_targets'")
+    assert own["detectable"].between(0.01, 0.9).all()
+    assert f"gives away the label of {own['detectable'].max():.1%} of the cells" in sentences.headline(built)
+    table = tables.null_table(built).query("mask == 'all_targets' and method == 'pca'")
+    worst = own.query("encoder == 'pca'")["detectable"].max()
+    assert table["finds from, share of cells"].tolist() == [f"{worst:.3f}"]
+
+
+@pytest.mark.parametrize("flag", ["suspect", "confounded"])
+def test_nothing_is_claimed_of_a_screen_that_fails_its_checks(screen, outputs, flag):
+    told = ["CAUTION: one column names the conditions"]
+    found = report.build_report(
+        screen, outputs=str(outputs), n_resamples=50, warnings=told, checks=["duplicates"], **{flag: True}
+    )
+    text = sentences.headline(found)
+    assert text.startswith(f"- **{told[0]}**")
+    assert f"**No method is named best: {flag}" in text
+    for claim in ("First on validation", "No leak was found", "better", "worse", "best mode"):
+        assert claim not in text
+    judged = found.contrasts.query("question != 'nuisance'")["verdict"]
+    assert set(judged) == {f"not judged: {flag}"}
+    assert f"not judged: {flag}" in set(report.headline_table(found)["verdict"])
+
+
+def test_a_null_control_that_does_not_hold_takes_the_all_clear_away(built):
+    broken = replace(built, verdicts=built.verdicts.assign(holds=False))
+    text = sentences.headline(broken)
+    assert "**INVALID: " in text and "logreg under all_targets" in text
+    assert tables.method_table(broken)["verdict"].str.contains("INVALID").all()
+    assert "No leak was found" not in text
+
+
+def test_nuisance_alone_is_no_method(screen, outputs):
+    names = [f"prior-all_targets-seed{seed}" for seed in (0, 1, 2)]
+    found = report.build_report(screen, runs=names, outputs=str(outputs), n_resamples=50)
+    assert found.best is None and found.baseline is None
+    assert "**No method that reads expression was run**" in sentences.headline(found)
+    tables.method_table(found)
 
 
 def test_tables_show_every_method_and_chance(built):
-    table = tables.comparison_table(built)
-    assert (table["difference"] == "the baseline").sum() == 1
+    table = tables.method_table(built)
+    assert list(table.index) == built.single()["encoder"].tolist()
+    other = behind(built)
+    contrast = built.asked("baseline").loc[other]
+    alone = {built.baseline: "the baseline", "prior": "reads no expression"}
+    assert table["verdict"].drop(other).to_dict() == alone
+    assert table.loc[other, "verdict"] == f"{contrast.verdict}, p = {contrast.p_holm:.2g}"
+    assert table.loc[other, "against the baseline"].startswith(f"{contrast.difference:+.3f} [")
+    assert table.loc[other, "against the baseline"].endswith("at whitened, mean")
     metric = tables.metric_table(built, ["exact_hit@1", "mrr"])
     assert metric.loc["chance", "exact_hit@1"] == f"{1 / 8:.3f}"
+    assert tables.readout_table(built).loc["pca", "classifier"] == ""
+    pools = tables.pool_table(built)
+    assert list(pools.index) == list(table.index) and all("[" in text for text in pools.iloc[:, -1])
+
+
+def test_the_headline_table_is_written_as_a_readme_shows_it(built):
+    written = pd.read_csv(built.directory / "headline.csv", keep_default_na=False)
+    row = built.single().set_index("encoder").loc[built.baseline]
+    own = written.set_index("method").loc[built.baseline]
+    assert own["exact_hit@1"] == f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
+    assert own["verdict"] == "the baseline" and own["track"] == "in_dist" and own["train_share"] == 1
 
 
 def test_missing_runs_are_named(screen, outputs):
@@ -207,7 +278,9 @@ def test_a_failed_run_is_left_out_and_named(screen, outputs):
         screen, failed=["pca-all_targets-seed0"], outputs=str(outputs), n_resamples=200
     )
     assert built.missing == ["pca-all_targets-seed0"]
-    assert built.single().set_index("encoder").loc["pca", "n_seeds"] == 1
+    assert built.single().set_index("encoder").loc["pca", "n_repeats"] == 2
+    (verdict,) = built.asked("baseline")["verdict"]
+    assert verdict == "not judged: 2 repeats"
 
 
 def test_runs_of_other_data_or_other_code_are_missing(screen, outputs, tmp_path):
@@ -240,6 +313,54 @@ def test_two_recipes_of_one_encoder_are_two_methods(screen, tmp_path):
         report.build_report(screen, outputs=str(tmp_path))
 
 
+def test_what_varies_beside_mask_and_seed_is_told_apart_and_compared_only_within(screen, tmp_path):
+    for encoder in ("pca", "logreg"):
+        for share in (1.0, 0.5):
+            for seed in (0, 1, 2):
+                run = runs.open_run(
+                    screen, encoder=encoder, mask="all_targets", seed=seed, train_share=share,
+                    run=f"{encoder}-all_targets-seed{seed}-train_share_{share}", outputs=str(tmp_path),
+                )  # fmt: skip
+                evaluate_run(run, **SETTINGS)
+    whole = report.build_report(screen, outputs=str(tmp_path), n_resamples=50)
+    (half,) = whole.others
+    assert (whole.train_share, half.train_share) == (1.0, 0.5)
+    assert set(whole.single()["encoder"]) == {"pca (train_share=1.0)", "logreg (train_share=1.0)"}
+    for part in (whole, half):
+        named = f"(train_share={part.train_share})"
+        assert set(part.single()["n_repeats"]) == {3}
+        assert all(name.endswith(named) for name in [*part.contrasts["encoder"], *part.contrasts["against"]])
+        assert part.contrasts["question"].tolist() == ["baseline"]
+    written = pd.read_csv(whole.directory / "differences.csv", keep_default_na=False)
+    assert written["train_share"].tolist() == [1.0, 0.5]
+
+
+def test_names_show_every_parameter_that_varies_and_no_other():
+    def finished(name, **params):
+        given = {"dataset": "x", "encoder": "pca", "mask": "all_targets", "seed": 0, "track": "in_dist"}
+        fit = {"params": {**given, "search": {}, **params}, "context": {"train_share": 1.0}}
+        return compare.Finished(Path(name), {"fit": fit})
+
+    named = compare.name_methods(
+        [
+            finished("pca-all_targets-seed0-track_in_dist"),
+            finished("pca-all_targets-seed1-track_in_dist", seed=1),
+            finished("pca-all_targets-seed0-track_batch", track="batch_disjoint"),
+            finished("pca-all_targets-seed0-k", search={"n_components": [20]}),
+            finished("other-none-seed0", mask="none"),
+            finished("mine", encoder="lda"),
+        ]
+    )
+    assert [run.method for run in named] == [
+        "pca (n_components=default, track=in_dist)",
+        "pca (n_components=default, track=in_dist)",
+        "pca (n_components=default, track=batch_disjoint)",
+        "pca (n_components=[20], track=in_dist)",
+        "other",
+        "lda",
+    ]
+
+
 def test_an_evaluation_that_was_cut_short_does_not_count(screen, outputs, tmp_path, monkeypatch):
     shutil.copytree(outputs / screen.name, tmp_path / screen.name)
     run = opened(screen, tmp_path)
@@ -263,8 +384,6 @@ def test_runs_evaluated_with_other_sizes_are_compared_where_they_meet(screen, tm
 
 
 def test_masked_extra_genes_and_embeddings_count_in_the_fingerprint(screen):
-    from dataclasses import replace
-
     others = [
         replace(screen, fingerprint="", extra_masked_genes={screen.conditions[0]: (str(screen.genes[0]),)}),
         replace(screen, fingerprint="", obsm={"X": np.zeros((screen.n_cells, 2), np.float32)}),
@@ -273,9 +392,12 @@ def test_masked_extra_genes_and_embeddings_count_in_the_fingerprint(screen):
 
 
 def test_a_leaning_towards_a_condition_does_not_find_it(built):
-    table = report.per_condition(built, "prior").set_index("condition")
-    favourite = table["estimate"].idxmax()
-    assert table.loc[favourite, "estimate"] > 0.9
+    first = built.scores["top10"].str.split("|").str[0]
+    always = built.scores.assign(**{"exact_hit@1": (built.scores["condition"] == first[0]).astype(float)})
+    table = report.per_condition(replace(built, scores=always.assign(top10=first[0])), "pca").set_index(
+        "condition"
+    )
+    assert table.loc[first[0], "estimate"] == 1 == table.loc[first[0], "base_rate"]
     assert not (table["ci_low"] > table["base_rate"]).any()
 
 
@@ -285,9 +407,9 @@ def test_wilson_interval_by_hand():
     assert report.wilson_interval(1.0, 3)[0] == pytest.approx(0.4385, abs=1e-4)
 
 
-def test_conclusion_compares_pools_with_the_same_conditions(built):
-    text = sentences.conclusion(built, report.per_condition(built, sentences.best_encoder(built)))
-    assert "Pooling the scores of 5 cells" in text and "(macro, the 8 conditions" in text
+def test_conclusion_gives_pools_an_interval(built):
+    text = sentences.conclusion(built, built.best, report.per_condition(built, built.best))
+    assert "Pools of 5 cells" in text and "queries of the 8 conditions" in text
 
 
 def test_only_the_posterior_of_the_ceiling_is_a_ceiling(screen, tmp_path):
@@ -296,8 +418,8 @@ def test_only_the_posterior_of_the_ceiling_is_a_ceiling(screen, tmp_path):
         evaluate_run(run, **SETTINGS)
     built = report.build_report(screen, outputs=str(tmp_path), n_resamples=200)
     ceiling = built.readouts[built.readouts["encoder"] == "bayes_ceiling"]
-    assert ceiling["scoring"].tolist() == ["classifier"] and ceiling["primary"].all()
-    assert "**Bayes ceiling**" in sentences.headline(built) and sentences.best_encoder(built) == "pca"
+    assert ceiling["scoring"].tolist() == ["classifier"] and ceiling["n_readouts"].tolist() == [1]
+    assert "**Bayes ceiling**" in sentences.headline(built) and built.best == "pca"
 
 
 def test_percentages_as_pages_write_them():
@@ -305,3 +427,8 @@ def test_percentages_as_pages_write_them():
         "12.3%", "-12.3%", "0.0%", "0.0%", "0.0%"
     ]  # fmt: skip
     assert [percent(value, True) for value in (0.1234, -0.1234, -1e-17)] == ["+12.3%", "-12.3%", "+0.0%"]
+
+
+def test_names_from_the_data_are_shown_letter_by_letter():
+    assert plain("<b>A*B|[x](y)`$") == "&lt;b&gt;A&#42;B&#124;&#91;x&#93;(y)&#96;&#36;"
+    assert plain("scgpt_lora_head") == "scgpt_lora_head"

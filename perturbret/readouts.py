@@ -1,0 +1,129 @@
+"""Which read-out stands for a method, how sure that choice is, and at which one two methods are compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+# In order of preference among read-outs that validation cells do not tell apart: the simpler first. A method's own
+# classifier needs nothing beside the method; whitening needs a covariance.
+SCORINGS = ("classifier", "cosine", "whitened", "classifier_corrected")
+LIBRARIES = ("none", "mean", "bootstrap", "raw_cell")
+# Shown beside the others, and never the read-out that stands for a method: it answers another question (all
+# conditions equally likely).
+VARIANT = "classifier_corrected"
+# Two methods are compared at the first of these that both have. Fixed here, before any score is seen.
+FIXED = (("classifier", "none"), *(("whitened", library) for library in LIBRARIES[1:]))
+_METRIC = "exact_hit@1"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The read-out that stands for a method.
+
+    Attributes
+    ----------
+    scoring, library : str
+    validation : float
+        Its exact_hit@1 on the validation cells of all seeds.
+    best : float
+        That of the best read-out, by which methods are chosen.
+    n_readouts : int
+        Among how many it was chosen.
+    stability : float
+        How often the same one is chosen when conditions are resampled, 0 to 1.
+    """
+
+    scoring: str
+    library: str
+    validation: float
+    best: float
+    n_readouts: int
+    stability: float
+
+
+def read_validation(directory: Path, libraries=LIBRARIES) -> pd.DataFrame:
+    """Hits of one run's validation cells, by the read-outs that may stand for a method.
+
+    Parameters
+    ----------
+    directory : pathlib.Path
+        Of a run that was fitted.
+    libraries : sequence of str
+        Those that the run was evaluated with.
+    """
+    table = pd.read_parquet(
+        Path(directory) / "validation_scores.parquet",
+        columns=["query_id", "condition", "library", "scoring", _METRIC],
+    )
+    return table[table["library"].isin(["none", *libraries]) & (table["scoring"] != VARIANT)]
+
+
+def choose_readout(
+    validation: pd.DataFrame, *, n_errors: float = 1.0, n_resamples: int = 1000, seed: int = 0
+) -> Choice:
+    """The simplest read-out that is within one standard error of the best on validation cells.
+
+    The standard error is that of the paired difference to the best, with the condition as the unit (Breiman et al.
+    1984, "Classification and regression trees", section 3.4.3, with the error of the difference in place of that of
+    one estimate). Simplest: first in the order of `SCORINGS`, then of `LIBRARIES`.
+
+    Parameters
+    ----------
+    validation : pandas.DataFrame
+        From `read_validation`, of one seed or of several put together.
+    n_errors : float
+        How many standard errors are no difference; 0: the best, whatever it takes.
+    n_resamples : int
+        How often conditions are drawn anew, with all their cells in all seeds, for the stability.
+    seed : int
+    """
+    order = [(s, b) for s in SCORINGS for b in LIBRARIES]
+    sums = validation.pivot_table(
+        index="condition", columns=["scoring", "library"], values=_METRIC, aggfunc="sum", observed=True
+    )
+    sums = sums[[readout for readout in order if readout in sums.columns]]
+    sizes = validation.groupby("condition", observed=True).size() / sums.shape[1]
+    hits, cells = sums.to_numpy(float), sizes.loc[sums.index].to_numpy(float)
+    groups = len(cells)
+    (own,) = _simplest(hits, cells, np.ones((1, groups)), n_errors)
+    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=n_resamples)
+    again = _simplest(hits, cells, drawn.astype(float), n_errors)
+    means = hits.sum(axis=0) / cells.sum()
+    return Choice(
+        *sums.columns[own], float(means[own]), float(means.max()), len(means), float((again == own).mean())
+    )
+
+
+def primary_readout(directory: Path, libraries=LIBRARIES) -> tuple[str, str]:
+    """Library and scoring that stand for one run, chosen on its own validation cells."""
+    choice = choose_readout(read_validation(directory, libraries), n_resamples=1)
+    return choice.library, choice.scoring
+
+
+def common_readout(one: set, other: set) -> tuple[str, str] | None:
+    """Scoring and library at which two methods are compared: the first of `FIXED` that both have."""
+    return next((readout for readout in FIXED if readout in one and readout in other), None)
+
+
+def readout_name(scoring: str, library: str) -> str:
+    """`classifier`, or scoring and library: `whitened, mean`."""
+    return scoring if library == "none" else f"{scoring}, {library}"
+
+
+def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray, n_errors: float) -> np.ndarray:
+    """Column of `hits` (G, K) chosen in each resample; `weights` (B, G) say how often a condition was drawn."""
+    total, groups = weights @ cells, len(cells)
+    # Rounded, so that sums of hits in another order are equal.
+    best = (weights @ hits).round(9).argmax(axis=1)
+    chosen = np.empty(len(weights), int)
+    for leader in np.unique(best):
+        rows = best == leader
+        w, n = weights[rows], total[rows, None]
+        behind = hits[:, [leader]] - hits
+        gap = w @ behind / n
+        squares = w @ behind**2 - 2 * gap * (w @ (behind * cells[:, None])) + gap**2 * (w @ cells**2)[:, None]
+        error = np.sqrt(np.maximum(squares, 0) * groups / max(groups - 1, 1)) / n
+        chosen[rows] = (gap <= n_errors * error * (groups > 1) + 1e-9).argmax(axis=1)
+    return chosen
