@@ -210,7 +210,7 @@ def _null_lines(report: Report) -> list[str]:
         names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())
         line += f" **INVALID: {names}.**"
     lines = [line]
-    if not len(bad) and not report.suspect and not report.confounded:
+    if not len(bad) and not report.warnings:
         ran = ", ".join([*report.checks, "null control"])
         lines.append(f"**No leak was found by the checks that were run**: {ran}.")
     if unsafe["not holding"].any():
