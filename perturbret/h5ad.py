@@ -29,8 +29,8 @@ class Source:
         The genes of `raw`.
     obsm : mapping of name to array
     unreadable : mapping of key to reason
-        Parts of the file that cannot be read (`obs/new`, `obsm/X_umap`, `layers/spliced`, `raw`), which hinder nothing but
-        their own use.
+        Parts of the file that cannot be read (`obs/new`, `obsm/X_umap`, `layers/spliced`, `raw`), which hinder nothing
+        but their own use.
     """
 
     obs: pd.DataFrame

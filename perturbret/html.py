@@ -90,7 +90,8 @@ def index_page(
     datasets : sequence of dict
         `name`; `simulated`; `report`, the address of the report or None; `others` and `failed`, lists of
         (text, address) and (text, address, reason); `other_data`, names of what is not linked; `tables`, a
-        list of (heading, columns, rows), where a row is a dict of `name` and `cells`, one list per column of (label, [(text, address, failed), ...]).
+        list of (heading, columns, rows), where a row is a dict of `name` and `cells`, one list per column of
+        (label, [(text, address, failed), ...]).
         Addresses are relative.
     banner : str, optional
         Shown on top; for a single dataset that is simulated it is there anyway.

@@ -33,8 +33,8 @@ LAYERS = {
     ),
     "bookkeeping": (
         "__main__ adaptation audit compare contenders coverage execute figures grid html index parameters pipeline "
-        "pretraining_report pretraining_run progress provenance report runs sentences shown superseded tables training_report "
-        "wording workflow"
+        "pretraining_report pretraining_run progress provenance report runs sentences shown superseded tables "
+        "training_report wording workflow"
     ),
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
