@@ -131,6 +131,15 @@ def test_an_evaluation_of_another_encoder_counts_as_missing(screen, outputs, tmp
     assert missing == ["pca-all_targets-seed0"] and len(finished) == 17
 
 
+@pytest.mark.parametrize("name", ["encoder", "null_encoder"])
+def test_an_encoder_that_was_put_in_anothers_place_counts_as_not_judged(screen, outputs, tmp_path, name):
+    shutil.copytree(outputs / screen.name, tmp_path / screen.name)
+    with open(tmp_path / screen.name / "pca-all_targets-seed0" / name / "encoder.json", "a") as file:
+        file.write(" ")
+    finished, missing = compare.collect(tmp_path / screen.name)
+    assert missing == ["pca-all_targets-seed0"] and len(finished) == 17
+
+
 def test_estimates_and_contrasts_agree_with_the_scores_by_hand(built):
     row = built.single().set_index("encoder").loc["pca"]
     single = built.scores.query("mask == 'all_targets' and query_size == 1")
