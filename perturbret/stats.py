@@ -5,9 +5,10 @@ resampled or flipped is the condition with all its queries. Formulas: docs/metho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import stdtrit
 
 AVERAGES = ("micro", "macro")
 # Random numbers held at a time.
@@ -30,6 +31,30 @@ class Estimates:
     estimate: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A mean over queries and training repeats (refits with other random numbers).
+
+    Attributes
+    ----------
+    estimate, low, high : float
+        `low` and `high` are NaN where there are fewer than two clusters.
+    spread : float
+        Standard deviation over repeats of the mean over queries; NaN for one repeat.
+    p_value : float
+        Of a difference, by `paired_permutation_p` on the repeats' average; NaN for the mean of one method.
+    n_repeats, n_clusters : int
+    """
+
+    estimate: float
+    low: float
+    high: float
+    spread: float
+    p_value: float
+    n_repeats: int
+    n_clusters: int
 
 
 def cluster_bootstrap(
@@ -143,6 +168,118 @@ def paired_difference(
     return cluster_bootstrap(
         _difference(a, b), clusters, average=average, n_resamples=n_resamples, level=level, seed=seed
     )
+
+
+def repeated_mean(
+    values: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    level: float = 0.95,
+) -> Repeated:
+    """Mean of one method over queries and training repeats, whose interval covers conditions and repeats.
+
+    Conditions and repeats are crossed: every refit answers all queries. With variance components for both
+    (Searle, Casella & McCulloch 1992, "Variance Components", ch. 4)
+
+        V = V_c + s^2 / R,    V_c = (G - 1) / G * sum over clusters i of (m_-i - mean of m_-i)^2
+
+    where m_-i is the mean of the repeats' average without cluster i (delete-one jackknife; Bell & McCaffrey 2002),
+    s is the standard deviation over the R repeats of their means, and G the number of clusters. What varies
+    with cluster and repeat at once is in both terms, so that V is somewhat too large rather than too small. The
+    interval is estimate +- t sqrt(V), the quantile t with Satterthwaite's (1946) degrees of freedom
+
+        V^2 / (V_c^2 / (G - 1) + (s^2 / R)^2 / (R - 1))
+
+    Parameters
+    ----------
+    values : ndarray of float, shape (n_queries, n_repeats) or (n_queries,)
+        Metric of each query in each repeat. One repeat: the interval covers conditions only.
+    clusters : sequence, length n_queries
+        Condition of each query.
+    average : {"micro", "macro"}
+    level : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    Repeated
+
+    Raises
+    ------
+    ValueError
+        As `cluster_bootstrap`.
+    """
+    values = _checked(values, 1, level)
+    n_repeats = values.shape[1]
+    sums, sizes = _cluster_sums(np.column_stack([values, values.mean(axis=1)]), clusters, average)
+    means = sums.sum(axis=0) / sizes.sum()
+    spread = float(np.std(means[:-1], ddof=1)) if n_repeats > 1 else np.nan
+    n = len(sizes)
+    half = np.nan
+    if n > 1:
+        without = (sums[:, -1].sum() - sums[:, -1]) / (sizes.sum() - sizes)
+        parts = [(n - 1) / n * np.sum((without - without.mean()) ** 2)]
+        freedoms = [n - 1]
+        if n_repeats > 1:
+            parts.append(spread**2 / n_repeats)
+            freedoms.append(n_repeats - 1)
+        parts, freedoms = np.array(parts), np.array(freedoms)
+        total = parts.sum()
+        freedom = total**2 / np.sum(parts**2 / freedoms) if total else 1.0
+        half = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(total))
+    estimate = float(means[-1])
+    return Repeated(estimate, estimate - half, estimate + half, spread, np.nan, n_repeats, n)
+
+
+def repeated_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    level: float = 0.95,
+    n_permutations: int = 10_000,
+    seed: int,
+) -> Repeated:
+    """Mean of `a` - `b`, metrics of two methods on the same queries, over queries and training repeats.
+
+    Parameters
+    ----------
+    a, b : ndarray of float, shape (n_queries, n_repeats) or (n_queries,)
+        Row i of both belongs to the same query. A method that knows no random numbers has one column, which is
+        compared with every repeat of the other; else both have the same number of repeats.
+    clusters, average, level
+        As for `repeated_mean`.
+    n_permutations, seed
+        Of `paired_permutation_p`, which gets the average over repeats. It says whether these fitted networks
+        differ on other conditions; whether refitted ones would, is in the interval only.
+
+    Returns
+    -------
+    Repeated
+
+    Raises
+    ------
+    ValueError
+        Numbers of queries differ, or numbers of repeats do and neither is one; else as `cluster_bootstrap`.
+    """
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    a, b = (x[:, None] if x.ndim == 1 else x for x in (a, b))
+    if a.ndim == b.ndim == 2 and len(a) == len(b) and 1 in (a.shape[1], b.shape[1]):
+        a, b = np.broadcast_arrays(a, b)
+    difference = _difference(a, b)
+    found = repeated_mean(difference, clusters, average=average, level=level)
+    average_difference = difference.mean(axis=1)
+    p = paired_permutation_p(
+        average_difference,
+        np.zeros_like(average_difference),
+        clusters,
+        average=average,
+        n_permutations=n_permutations,
+        seed=seed,
+    )
+    return replace(found, p_value=p)
 
 
 def paired_permutation_p(
