@@ -234,8 +234,8 @@ def _interval_lines(report: Report) -> list[str]:
     alone, paired = (measured_coverage(row.n_conditions, "micro", paired=kind) for kind in (False, True))
     return [
         f"**Intervals** (95%) are over {row.n_conditions} conditions and the seeds. On simulated screens of "
-        f"{alone.n_conditions} conditions such intervals held the truth in {percent(alone.measured)} of cases, those of "
-        f"differences in {percent(paired.measured)} (lowest over kinds of screens: {percent(alone.lowest)}, "
+        f"{alone.n_conditions} conditions such intervals held the truth in {percent(alone.measured)} of cases, "
+        f"those of differences in {percent(paired.measured)} (lowest over kinds of screens: {percent(alone.lowest)}, "
         f"{percent(paired.lowest)}). A verdict takes a Holm-adjusted paired p "
         f"below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
     ]
