@@ -137,13 +137,15 @@ def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -
         metrics.remove("rank")
     values, equal = scores[metrics].to_numpy(np.float64), _chance_levels(scores, metrics)
     conditions = scores["condition"].to_numpy(str)
+    # A rank starts at 1; all other metrics are shares or like them.
+    rank = np.array(metrics) == "rank"
+    bounds = rank.astype(float), np.where(rank, np.inf, 1.0)
     tables = []
     for key, rows in scores.groupby(READOUT, sort=True).indices.items():
         clusters = conditions[rows]
         for average in AVERAGES:
-            found = cluster_bootstrap(
-                values[rows], clusters, average=average, n_resamples=n_resamples, seed=seed
-            )
+            options = {"average": average, "n_resamples": n_resamples, "seed": seed}
+            found = cluster_bootstrap(values[rows], clusters, bounds=bounds, **options)
             # Chance has no interval; the same function averages it in the same way.
             level = cluster_bootstrap(equal[rows], clusters, average=average, n_resamples=1, seed=seed)
             columns = dict(zip(READOUT, key, strict=True))

@@ -6,8 +6,10 @@ resampled or flipped is the condition with all its queries. Formulas: docs/metho
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
 AVERAGES = ("micro", "macro")
@@ -57,6 +59,61 @@ class Repeated:
     n_clusters: int
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How often intervals of `cluster_bootstrap` held the truth on simulated retrieval screens.
+
+    Attributes
+    ----------
+    nominal : float
+        Level of the intervals.
+    measured, lowest, highest : float
+        Share that held it: mean over populations of conditions, metrics and estimates, and the extremes among these.
+    n_repeats : int
+        Screens behind each of these shares.
+    n_conditions : int
+        Of those screens: not above the number that was asked for, where so few were simulated.
+    """
+
+    nominal: float
+    measured: float
+    lowest: float
+    highest: float
+    n_repeats: int
+    n_conditions: int
+
+
+def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) -> Coverage:
+    """Coverage of the 95% intervals for a number of conditions, as benchmarks/coverage.py measured it.
+
+    Parameters
+    ----------
+    n_conditions : int
+        The row of the largest number of conditions up to this is taken; below the smallest, the smallest.
+    average : {"micro", "macro"}
+    paired : bool
+        Of differences between two methods.
+
+    Returns
+    -------
+    Coverage
+
+    Raises
+    ------
+    ValueError
+        `average` is another, or there are fewer than two conditions, where there are no intervals.
+    """
+    if average not in AVERAGES:
+        raise ValueError(f"average: expected one of {AVERAGES}, got {average!r}")
+    if n_conditions < 2:
+        raise ValueError(f"n_conditions: expected at least 2, got {n_conditions}")
+    table = pd.read_csv(files("perturbret") / "data" / "coverage.csv")
+    table = table[(table["average"] == average) & (table["paired"] == paired)].sort_values("n_conditions")
+    row = table.iloc[max(int((table["n_conditions"] <= n_conditions).sum()) - 1, 0)]
+    shares = (float(row[name]) for name in ("nominal", "measured", "lowest", "highest"))
+    return Coverage(*shares, int(row["n_repeats"]), int(row["n_conditions"]))
+
+
 def cluster_bootstrap(
     values: np.ndarray,
     clusters: Sequence,
@@ -64,13 +121,21 @@ def cluster_bootstrap(
     average: str = "micro",
     n_resamples: int = 1000,
     level: float = 0.95,
+    bounds: Sequence | None = None,
     seed: int,
 ) -> Estimates:
-    """Mean of each column with the percentile interval of a bootstrap that resamples clusters.
+    """Mean of each column with an interval that treats clusters as drawn from a population of clusters.
 
-    Each resample draws as many clusters as there are, with replacement, and takes every query of a drawn
-    cluster as often as the cluster was drawn (Field & Welsh 2007, "Bootstrapping clustered data", J R Stat
-    Soc B 69:369).
+    The interval is the wider, on each side, of two (docs/decisions/0004-intervals.md has what each holds alone):
+
+    - Jackknife: estimate +- t * SE. The squared SE is (G - 1) / G * sum (m_-i - mean of m_-i)^2 over the means m_-i
+      without cluster i, as CR3; the quantile t has the degrees of freedom of Bell & McCaffrey (2002, "Bias
+      reduction in standard errors for linear regression with multi-stage samples", Surv Methodol 28:169),
+      G - 1 for clusters of equal weight and fewer otherwise.
+    - Bootstrap-t: quantiles of (m* - m) / SE* over resamples of clusters, times the SE (Efron 1982, "The
+      jackknife, the bootstrap and other resampling plans", ch. 10; for clusters: Cameron, Gelbach & Miller 2008,
+      Rev Econ Stat 90:414). It follows skewness. SE and SE* are linearised: G / (G - 1) * sum (S_i - m n_i)^2
+      over (sum n_i)^2, S_i the sum over the n_i queries of cluster i. Resamples without any spread are left out.
 
     Parameters
     ----------
@@ -79,10 +144,14 @@ def cluster_bootstrap(
     clusters : sequence, length n
         Condition of each query.
     average : {"micro", "macro"}
-        Mean over queries (a ratio of sums in every resample), or mean over the clusters' means.
+        Mean over queries (a ratio of sums), or mean over the clusters' means.
     n_resamples : int
     level : float
         Between 0 and 1.
+    bounds : pair of float or of ndarray (m,), optional
+        Smallest and largest value that the metric can take: (0, 1) for hits and reciprocal ranks. Intervals
+        end there, and where all values lie at one of them the interval reaches as far as the share of clusters could
+        that never showed another value (Clopper & Pearson 1934; (sum n_i)^2 / sum n_i^2 clusters).
     seed : int
         The same seed and clusters give the same resamples, whatever the values.
 
@@ -93,15 +162,30 @@ def cluster_bootstrap(
     Raises
     ------
     ValueError
-        `values` holds NaN or no row, lengths differ, or `average`, `n_resamples` or `level` is out of range.
+        `values` holds NaN or no row or lies outside `bounds`, lengths differ, or `average`, `n_resamples` or `level`
+        is out of range.
     """
     values = _checked(values, n_resamples, level)
     sums, sizes = _cluster_sums(values, clusters, average)
+    estimate = sums.sum(axis=0) / sizes.sum()
+    if bounds is not None:
+        bounds = np.stack([np.broadcast_to(np.asarray(end, np.float64), estimate.shape) for end in bounds])
+        if (values < bounds[0] - _NOISE).any() or (values > bounds[1] + _NOISE).any():
+            raise ValueError(f"values: expected {bounds[0].min():g} to {bounds[1].max():g}, got others")
     if len(sizes) < 2:
-        return _interval(sums.sum(axis=0) / sizes.sum(), None, level)
-    weights = _multinomial(np.full(len(sizes), 1 / len(sizes)), len(sizes), n_resamples, seed)
-    resampled = np.concatenate([(drawn @ sums) / (drawn @ sizes)[:, None] for drawn in weights])
-    return _interval(sums.sum(axis=0) / sizes.sum(), resampled, level)
+        return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
+    variance, freedom = _jackknife(sums, sizes)
+    half = stdtrit(freedom, (1 + level) / 2) * np.sqrt(variance)
+    below, above = _bootstrap_t(sums, sizes, n_resamples, level, seed)
+    low, high = estimate - np.fmax(half, below), estimate + np.fmax(half, above)
+    if bounds is None:
+        return Estimates(estimate, low, high)
+    reach = (bounds[1] - bounds[0]) * (1 - ((1 - level) / 2) ** (np.sum(sizes**2) / sizes.sum() ** 2))
+    # An infinite bound has no value at it, and no interval is taken from there.
+    with np.errstate(invalid="ignore"):
+        high = np.where(np.abs(values - bounds[0]).max(axis=0) <= _NOISE, bounds[0] + reach, high)
+        low = np.where(np.abs(values - bounds[1]).max(axis=0) <= _NOISE, bounds[1] - reach, low)
+    return Estimates(estimate, np.maximum(low, bounds[0]), np.minimum(high, bounds[1]))
 
 
 def query_bootstrap(
@@ -132,9 +216,10 @@ def query_bootstrap(
     rows, counts = np.unique(values, axis=0, return_counts=True)
     estimate = counts @ rows / n
     if n < 2:
-        return _interval(estimate, None, level)
-    weights = _multinomial(counts / n, n, n_resamples, seed)
-    return _interval(estimate, np.concatenate([drawn @ rows / n for drawn in weights]), level)
+        return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
+    resampled = [drawn @ rows / n for drawn in _multinomial(counts / n, n, n_resamples, seed)]
+    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Estimates(estimate, low, high)
 
 
 def paired_difference(
@@ -147,7 +232,7 @@ def paired_difference(
     level: float = 0.95,
     seed: int,
 ) -> Estimates:
-    """Mean of `a` - `b`, metrics of two methods on the same queries, with a clustered bootstrap interval.
+    """Mean of `a` - `b`, metrics of two methods on the same queries, with `cluster_bootstrap`'s interval.
 
     Parameters
     ----------
@@ -175,21 +260,24 @@ def repeated_mean(
     clusters: Sequence,
     *,
     average: str = "micro",
+    n_resamples: int = 1000,
     level: float = 0.95,
+    bounds: Sequence | None = None,
+    seed: int = 0,
 ) -> Repeated:
     """Mean of one method over queries and training repeats, whose interval covers conditions and repeats.
 
-    Conditions and repeats are crossed: every refit answers all queries. With variance components for both
-    (Searle, Casella & McCulloch 1992, "Variance Components", ch. 4)
+    Conditions and repeats are crossed: every refit answers all queries. Their variance components add up (Searle,
+    Casella & McCulloch 1992, "Variance Components", ch. 4):
 
-        V = V_c + s^2 / R,    V_c = (G - 1) / G * sum over clusters i of (m_-i - mean of m_-i)^2
+        V = V_c + V_r,    V_r = s^2 / R,    freedom = V^2 / (V_c^2 / f_c + V_r^2 / (R - 1))
 
-    where m_-i is the mean of the repeats' average without cluster i (delete-one jackknife; Bell & McCaffrey 2002),
-    s is the standard deviation over the R repeats of their means, and G the number of clusters. What varies
-    with cluster and repeat at once is in both terms, so that V is somewhat too large rather than too small. The
-    interval is estimate +- t sqrt(V), the quantile t with Satterthwaite's (1946) degrees of freedom
-
-        V^2 / (V_c^2 / (G - 1) + (s^2 / R)^2 / (R - 1))
+    V_c and its f_c degrees of freedom are the jackknife's of `cluster_bootstrap`, on the average over repeats; s is
+    the standard deviation over the R repeats of their means; the degrees of freedom of the sum are Satterthwaite's
+    (1946, "An approximate distribution of estimates of variance components", Biometrics Bull 2:110). What varies
+    with condition and repeat at once is in both terms, so that V is somewhat too large rather than too small. With
+    the half-widths h of `cluster_bootstrap` on one side and j of its jackknife, the interval reaches
+    sqrt(t^2 V + h^2 - j^2) to that side: without spread between repeats it is that of `cluster_bootstrap`.
 
     Parameters
     ----------
@@ -197,9 +285,8 @@ def repeated_mean(
         Metric of each query in each repeat. One repeat: the interval covers conditions only.
     clusters : sequence, length n_queries
         Condition of each query.
-    average : {"micro", "macro"}
-    level : float
-        Between 0 and 1.
+    average, n_resamples, level, bounds, seed
+        As for `cluster_bootstrap`.
 
     Returns
     -------
@@ -210,26 +297,28 @@ def repeated_mean(
     ValueError
         As `cluster_bootstrap`.
     """
-    values = _checked(values, 1, level)
+    values = _checked(values, n_resamples, level)
     n_repeats = values.shape[1]
     sums, sizes = _cluster_sums(np.column_stack([values, values.mean(axis=1)]), clusters, average)
     means = sums.sum(axis=0) / sizes.sum()
     spread = float(np.std(means[:-1], ddof=1)) if n_repeats > 1 else np.nan
-    n = len(sizes)
-    half = np.nan
-    if n > 1:
-        without = (sums[:, -1].sum() - sums[:, -1]) / (sizes.sum() - sizes)
-        parts = [(n - 1) / n * np.sum((without - without.mean()) ** 2)]
-        freedoms = [n - 1]
-        if n_repeats > 1:
-            parts.append(spread**2 / n_repeats)
-            freedoms.append(n_repeats - 1)
-        parts, freedoms = np.array(parts), np.array(freedoms)
+    options = {"average": average, "n_resamples": n_resamples, "level": level, "seed": seed}
+    found = cluster_bootstrap(values.mean(axis=1), clusters, bounds=bounds, **options)
+    low, high = float(found.low[0]), float(found.high[0])
+    if len(sizes) > 1 and n_repeats > 1 and spread > _NOISE:
+        whole = cluster_bootstrap(values.mean(axis=1), clusters, **options)
+        variance, freedom = _jackknife(sums[:, -1:], sizes)
+        parts, freedoms = np.array([variance[0], spread**2 / n_repeats]), np.array([freedom, n_repeats - 1])
         total = parts.sum()
-        freedom = total**2 / np.sum(parts**2 / freedoms) if total else 1.0
-        half = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(total))
-    estimate = float(means[-1])
-    return Repeated(estimate, estimate - half, estimate + half, spread, np.nan, n_repeats, n)
+        widened = stdtrit(total**2 / np.sum(parts**2 / freedoms), (1 + level) / 2) ** 2 * total
+        widened -= stdtrit(freedom, (1 + level) / 2) ** 2 * variance[0]
+        low, high = (
+            means[-1] + sign * np.sqrt(max((end[0] - means[-1]) ** 2 + widened, 0.0))
+            for sign, end in ((-1, whole.low), (1, whole.high))
+        )
+        if bounds is not None:
+            low, high = (float(np.clip(end, *bounds)) for end in (low, high))
+    return Repeated(float(means[-1]), float(low), float(high), spread, np.nan, n_repeats, len(sizes))
 
 
 def repeated_difference(
@@ -238,6 +327,7 @@ def repeated_difference(
     clusters: Sequence,
     *,
     average: str = "micro",
+    n_resamples: int = 1000,
     level: float = 0.95,
     n_permutations: int = 10_000,
     seed: int,
@@ -269,7 +359,9 @@ def repeated_difference(
     if a.ndim == b.ndim == 2 and len(a) == len(b) and 1 in (a.shape[1], b.shape[1]):
         a, b = np.broadcast_arrays(a, b)
     difference = _difference(a, b)
-    found = repeated_mean(difference, clusters, average=average, level=level)
+    found = repeated_mean(
+        difference, clusters, average=average, n_resamples=n_resamples, level=level, seed=seed
+    )
     average_difference = difference.mean(axis=1)
     p = paired_permutation_p(
         average_difference,
@@ -388,6 +480,44 @@ def _cluster_sums(values: np.ndarray, clusters: Sequence, average: str) -> tuple
     return (sums, sizes) if average == "micro" else (sums / sizes[:, None], np.ones(len(names)))
 
 
+def _jackknife(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
+    """Variance of the averages (m,), and the degrees of freedom if all cluster means vary alike."""
+    n = len(sizes)
+    without = (sums.sum(axis=0) - sums) / (sizes.sum() - sizes)[:, None]
+    variance = (n - 1) / n * np.sum((without - without.mean(axis=0)) ** 2, axis=0)
+    shares = sizes / sizes.sum()
+    # Residuals of independent cluster means, as the jackknife weighs them: rows of `residual`.
+    residual = (shares / (1 - shares))[:, None] * (np.eye(n) - shares)
+    form = residual.T @ residual
+    return variance, float(np.trace(form) ** 2 / np.sum(form**2))
+
+
+def _bootstrap_t(
+    sums: np.ndarray, sizes: np.ndarray, n_resamples: int, level: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far the bootstrap-t interval reaches below and above the averages, (m,) each; NaN if unknown."""
+    n, estimate = len(sizes), sums.sum(axis=0) / sizes.sum()
+    # Around the estimate sums are deviations: nothing cancels in the squares below.
+    off = sums - estimate * sizes[:, None]
+    error = np.sqrt(np.sum(off**2, axis=0))
+    ratios = []
+    for drawn in _multinomial(np.full(n, 1 / n), n, n_resamples, seed):
+        total = (drawn @ sizes)[:, None]
+        shift = drawn @ off / total
+        square = drawn @ off**2 - 2 * shift * (drawn @ (off * sizes[:, None]))
+        square += shift**2 * (drawn @ sizes**2)[:, None]
+        spread = np.sqrt(np.maximum(square, 0)) / total
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios.append(np.where(spread > 1e-6 * error / sizes.sum(), shift / spread, np.nan))
+    ratios = np.concatenate(ratios)
+    reach = np.full((2, len(estimate)), np.nan)
+    known = ~np.isnan(ratios).all(axis=0)
+    tails = [(1 + level) / 2, (1 - level) / 2]
+    reach[:, known] = np.nanquantile(ratios[:, known], tails, axis=0) * [[1], [-1]]
+    below, above = reach * error / sizes.sum()
+    return below, above
+
+
 def _multinomial(shares: np.ndarray, n: int, n_resamples: int, seed: int):
     """Draw counts (resamples, categories) as float64, a bounded number of resamples at a time."""
     rng = np.random.default_rng(seed)
@@ -398,12 +528,3 @@ def _multinomial(shares: np.ndarray, n: int, n_resamples: int, seed: int):
 def _steps(total: int, width: int) -> list[int]:
     step = max(1, _CHUNK // max(width, 1))
     return [min(step, total - done) for done in range(0, total, step)]
-
-
-def _interval(estimate: np.ndarray, resampled: np.ndarray | None, level: float) -> Estimates:
-    if resampled is None:
-        unknown = np.full(estimate.shape, np.nan)
-        return Estimates(estimate, unknown, unknown)
-    tail = (1 - level) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
-    return Estimates(estimate, low, high)
