@@ -141,7 +141,8 @@ def guard_findings(table: pd.DataFrame, accepted: Sequence[str] = ()) -> list[st
             f"be suspect, shuffled labels reach {row.luck:.2f})."
             for row in top.itertuples()
         )
-        lines.append(f"No column of the masked cells nearly names a perturbation by itself.{nearest}")
+        which = "No column" if fine.empty else "No column but those below"
+        lines.append(f"{which} of the masked cells nearly names a perturbation by itself.{nearest}")
     if len(fine):
         lines.append(f"Accepted by the dataset's entry although they do: {', '.join(fine['column'])}.")
     idle = sorted(set(accepted) - set(fine["column"]))

@@ -13,7 +13,7 @@ from .runs import write_table
 from .screen import Screen
 from .target_matching import ABSENT, UNKNOWN
 from .vocabulary import LINKS, GeneTokens, Vocabulary, map_genes
-from .wording import from_to, percent
+from .wording import from_to, percent, plain
 
 # Below this share after mapping, by genes or by UMIs, the page warns.
 WARN_BELOW = 0.95
@@ -296,5 +296,5 @@ def _warnings(coverage: Coverage) -> list[str]:
 
 
 def _listed(names: pd.Series) -> str:
-    shown = ", ".join(names.head(_LISTED))
+    shown = ", ".join(map(plain, names.head(_LISTED)))
     return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

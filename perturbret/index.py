@@ -35,7 +35,7 @@ def write_index(outputs: str | Path) -> Path:
 
 def _dataset(folder: Path, outputs: Path) -> dict:
     plan = _read(folder / "report" / "plan.json")
-    other = {made.path.name for made in _of_other_data(folder)}
+    other = {made.path.name for made in _of_other_data(folder) if made.path.is_dir()}
     report, audit = folder / "report" / f"{REPORT}.html", folder / "audit" / f"{AUDIT}.html"
     others = [("what is in the data", audit), ("which genes scGPT knows", folder / "vocab" / f"{VOCAB}.html")]
     others += [(name, folder / "report" / name) for name in ("comparison.csv", "workflow.log")]

@@ -43,11 +43,11 @@ def flag(*tried: bool) -> Setting:
     return Setting(tried, "true or false", lambda value: isinstance(value, bool))
 
 
-def whole(*tried: int) -> Setting:
+def whole(*tried: int, least: int = 1) -> Setting:
     return Setting(
         tried,
-        "a whole number of at least 1",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"a whole number of at least {least}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
     )
 
 
@@ -61,6 +61,10 @@ def at_least_zero(*tried: float) -> Setting:
 
 def share(*tried: float) -> Setting:
     return Setting(tried, "a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
+
+
+def part(*tried: float) -> Setting:
+    return Setting(tried, "a number above 0 and up to 1", lambda value: _number(value) and 0 < value <= 1)
 
 
 def sign(*tried: int) -> Setting:

@@ -1,6 +1,5 @@
 """The tables of the ablation report: gather finished runs, compare them, judge their null controls."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from .atomic import replacing
+from .checks import Checks
 from .compare import (
     ARENA,
     LEAK_FREE,
@@ -114,15 +114,12 @@ class Report:
 
 def build_report(
     screen: Screen,
+    checks: Checks | None = None,
     *,
     runs: list | None = None,
     failed: list | None = None,
     outputs: str = "",
     n_resamples: int = 1000,
-    warnings: Sequence[str] = (),
-    suspect: bool = False,
-    confounded: bool = False,
-    checks: Sequence[str] = (),
 ) -> Report:
     """Compare the finished runs of a dataset and write its tables as CSV.
 
@@ -133,6 +130,8 @@ def build_report(
     ----------
     screen : Screen
         Runs made with other data, or by other fitting code than today's, count as missing.
+    checks : perturbret.checks.Checks, optional
+        Of the same screen; without them the report says that nothing was checked.
     runs : list of str, optional
         Names of the runs to compare; all that are there when empty.
     failed : list of str, optional
@@ -141,8 +140,6 @@ def build_report(
         See `perturbret.runs.outputs_root`.
     n_resamples : int
         Resamples of conditions behind intervals and the stability of read-outs; ten sign patterns of paired tests each.
-    warnings, suspect, confounded, checks
-        See `Report`.
 
     Raises
     ------
@@ -159,8 +156,10 @@ def build_report(
             f"{root}: expected at least one finished run with mask {LEAK_FREE}, found {len(finished)} finished runs in "
             f"all and {len(missing)} unfinished; run `make report` or notebooks 03 and 05"
         )
-    shared = {"missing": missing, "warnings": list(warnings), "suspect": suspect, "confounded": confounded}
-    shared["checks"] = list(checks)
+    shared = {"missing": missing, "warnings": ["No check of the screen was run."]}
+    if checks is not None:
+        shared |= {"warnings": checks.warnings, "suspect": checks.suspect, "confounded": checks.confounded}
+        shared["checks"] = checks.names
     parts = [
         _compared(
             root / "report", arena, [run for run in finished if run.arena == arena], n_resamples, shared

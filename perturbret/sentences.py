@@ -211,7 +211,7 @@ def _null_lines(report: Report) -> list[str]:
         names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())
         line += f" **INVALID: {names}.**"
     lines = [line]
-    if not len(bad) and not report.suspect and not report.confounded:
+    if not len(bad) and not report.warnings:
         ran = ", ".join([*report.checks, "null control"])
         lines.append(f"**No leak was found by the checks that were run**: {ran}.")
     if unsafe["not holding"].any():
@@ -228,15 +228,16 @@ def _null_lines(report: Report) -> list[str]:
 
 def _interval_lines(report: Report) -> list[str]:
     """How often intervals of this kind hold the truth with so many conditions, and what a verdict takes."""
-    n = report.single().iloc[0].n_conditions
-    takes = f"A verdict takes a Holm-adjusted paired p below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
-    if n < 2:
-        return [f"**No intervals**: one condition has none. {takes}"]
-    own, paired = (measured_coverage(int(n), "micro", paired=asked) for asked in (False, True))
+    row = report.single().iloc[0]
+    if row.n_conditions < 2:
+        return ["There are no intervals: a single condition was asked for."]
+    alone, paired = (measured_coverage(row.n_conditions, "micro", paired=kind) for kind in (False, True))
     return [
-        f"**95% intervals** are over {n} conditions and the seeds. On {own.n_repeats:,} simulated screens of "
-        f"{own.n_conditions} conditions they held the truth in {own.measured:.0%} (at worst {own.lowest:.0%}); those "
-        f"of differences in {paired.measured:.0%} ({paired.lowest:.0%}). {takes}"
+        f"**Intervals** (95%) are over {row.n_conditions} conditions and the seeds. On simulated screens of "
+        f"{alone.n_conditions} conditions such intervals held the truth in {percent(alone.measured)} of cases, "
+        f"those of differences in {percent(paired.measured)} (lowest over kinds of screens: {percent(alone.lowest)}, "
+        f"{percent(paired.lowest)}). A verdict takes a Holm-adjusted paired p "
+        f"below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
     ]
 
 

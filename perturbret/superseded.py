@@ -73,8 +73,8 @@ def supersede(entry: Entry, stamp: str, workdir: Path, *, say: Callable[[str], N
         was = ", ".join(sorted({_short(made) for made in others}))
         say(
             f"{entry.name}: the data, or what its entry says of them, have changed (fingerprint {was}, now "
-            f"{fingerprint[:12]}): moving what was made from the others, {len(others) - splits} runs and pages and "
-            f"{splits} splits, to {workdir / FOLDER}"
+            f"{fingerprint[:12]}): moving {len(others) - splits} folders of runs and pages and {splits} split files, "
+            f"which were made from the others, to {workdir / FOLDER}"
         )
     moved = [_move(made, workdir) for made in others]
     if not known:

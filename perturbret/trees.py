@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
 from .encoders import Encoder, Layer, Transform
-from .methods import above_zero, at_least_zero, method, share, whole
+from .methods import above_zero, at_least_zero, method, part, whole
 from .training import Training
 
 # Settings of extra trees are compared on forests of this many trees; the chosen one is grown in full.
@@ -110,7 +110,7 @@ class Forest(Transform):
     target_sum=above_zero(10000),
     n_trees=whole(300),
     min_samples_leaf=whole(20, 10, 5, 3),
-    max_features=share(0.05, 0.2),
+    max_features=part(0.05, 0.2),
 )
 def fit_extra_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Extremely randomised trees (Geurts, Ernst & Wehenkel 2006, Mach. Learn. 63) on log1p expression and depth; the
@@ -145,8 +145,8 @@ def fit_extra_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     target_sum=above_zero(10000),
     n_rounds=whole(30, 60),
     learning_rate=above_zero(0.1),
-    max_leaves=whole(4, 8),
-    max_features=share(0.2),
+    max_leaves=whole(4, 8, least=2),
+    max_features=part(0.2),
     l2=at_least_zero(10.0),
 )
 def fit_boosted_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]:
@@ -160,7 +160,7 @@ def fit_boosted_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]
         model = HistGradientBoostingClassifier(
             max_iter=chosen["n_rounds"],
             learning_rate=float(chosen["learning_rate"]),
-            max_leaf_nodes=max(2, chosen["max_leaves"]),
+            max_leaf_nodes=chosen["max_leaves"],
             max_features=float(chosen["max_features"]),
             l2_regularization=float(chosen["l2"]),
             max_bins=64,

@@ -1,10 +1,13 @@
 """A reader sees the old file or the whole new one."""
 
+import errno
 import json
+import os
+import types
 
 import pytest
 
-from perturbret.atomic import replacing, write_json, write_text
+from perturbret.atomic import DiskFull, disk_full, no_space, replacing, reporting_full, write_json, write_text
 
 
 def names(directory):
@@ -64,3 +67,54 @@ def test_what_another_process_put_there_meanwhile_may_be_kept(tmp_path):
                 (place / "file").write_text("theirs")
         assert (place / "file").read_text() == ("theirs" if there else "mine")
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError('IoError(Os { code: 28, message: "No space left on device" })'),
+    ],
+)
+def test_a_full_disk_is_said_to_be_one_whatever_wrote(tmp_path, error):
+    write_text(tmp_path / "a.txt", "old")
+    with (
+        pytest.raises(DiskFull, match=r"No space left on device: '.*/a\.txt'") as caught,
+        replacing(tmp_path / "a.txt"),
+    ):
+        raise error
+    assert caught.value.errno == errno.ENOSPC and (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_only_a_full_disk_is_one():
+    assert not disk_full(OSError(errno.EACCES, "Permission denied")) and not disk_full(ValueError("no"))
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "full")
+        except OSError as error:
+            raise ValueError("could not write") from error
+    except ValueError as error:
+        assert disk_full(error)
+
+
+def test_a_real_full_device_is_noticed():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with (
+        pytest.raises(DiskFull, match="/dev/full"),
+        reporting_full("/dev/full"),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x")
+        file.flush()
+
+
+def test_where_a_process_was_killed_the_free_space_tells(tmp_path, monkeypatch):
+    assert no_space(tmp_path / "not" / "there") is None
+    free = types.SimpleNamespace(f_bavail=1, f_frsize=4096, f_favail=9, f_files=9)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    assert no_space(tmp_path) == f"no space left on device: 4,096 bytes and 9 files free in {tmp_path}"
+    free.f_bavail, free.f_favail = 1 << 30, 0
+    assert "0 files free" in no_space(tmp_path)

@@ -625,7 +625,7 @@ def test_bayes_ceiling_is_a_kind(prepared):
 @pytest.mark.parametrize(
     ("kind", "search", "said"),
     [
-        ("logistic", None, "encoder: expected one of prior, library_size, .*bayes_ceiling, got 'logistic'"),
+        ("logistic", None, "encoder: expected one of .*prior, library_size, .*bayes_ceiling, got 'logistic'"),
         ("obsm", None, "encoder: expected one of .*obsm:<key>.*, got 'obsm'"),
         ("obsm:X_b", None, r"obsm: expected one of \['X_a'\], got 'X_b'"),
         ("pca", {"C": [1.0]}, "search: pca has the settings target_sum, n_components, got 'C'"),
@@ -658,7 +658,8 @@ def test_bayes_ceiling_is_a_kind(prepared):
         ("average", {"methods": ["logreg"]}, "search: expected two or more of .* for methods of average"),
         ("average", {"C": [1]}, "search: average has the settings methods, got 'C'"),
         ("extra_trees", {"n_trees": [0]}, "expected a whole number of at least 1 for n_trees of extra_trees"),
-        ("extra_trees", {"max_features": [2]}, "expected a number from 0 to 1 for max_features"),
+        ("extra_trees", {"max_features": [0]}, "expected a number above 0 and up to 1 for max_features"),
+        ("boosted_trees", {"max_leaves": [1]}, "expected a whole number of at least 2 for max_leaves"),
         (
             "boosted_trees",
             {"depth": [1]},

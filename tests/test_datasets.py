@@ -1,19 +1,24 @@
+import errno
 import json
 import warnings
 
 import anndata
+import h5py
 import numpy as np
 import pytest
+from anndata.io import write_elem
 from scipy.sparse import csc_matrix, csr_array, csr_matrix
 
 from perturbret import datasets
 from perturbret.annotations import ScreenError
+from perturbret.atomic import DiskFull
 from perturbret.conditions import CTRL
 from perturbret.counts import CountsError
 from perturbret.datasets import load_screen, resolve_dataset, screen_from_anndata
 from perturbret.download import ChecksumError
 from perturbret.fetch import DataNotFound
 from perturbret.registry import EntryError, UnknownDataset, load_registry, make_entry
+from perturbret.runs import outputs_root
 
 
 def entry(**keys):
@@ -553,3 +558,179 @@ def test_every_entry_without_a_file_at_hand_says_how_to_get_it(monkeypatch, tmp_
         if item.path and not item.url:
             with pytest.raises(DataNotFound, match="set PERTURBRET_DATA to it"):
                 load_screen(name)
+
+
+# -- parts that nobody asked for ---------------------------------------------------------------------------
+
+
+def odd(file, key):
+    """Put something at `key` that no reader knows."""
+    if key in file:
+        del file[key]
+    group = file.create_group(key)
+    group.attrs["encoding-type"], group.attrs["encoding-version"] = "some-new-encoding", "9.9"
+
+
+def listed(file, table, *names):
+    order = [*file[table].attrs["column-order"], *names]
+    file[table].attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+
+
+def null(file, key):
+    if key in file:
+        del file[key]
+    write_elem(file, key, None)
+
+
+CHANGES = {
+    "obsm/new": lambda f: odd(f, "obsm/new"),
+    "layers/new": lambda f: odd(f, "layers/new"),
+    "obs/new": lambda f: (odd(f, "obs/new"), listed(f, "obs", "new")),
+    "obs/gone": lambda f: listed(f, "obs", "gone"),
+    "var/new": lambda f: (odd(f, "var/new"), listed(f, "var", "new")),
+    "raw/X": lambda f: (f.create_group("raw"), odd(f, "raw/X"), f.copy("var", "raw/var")),
+    None: lambda f: (listed(f, "obs", "condition"), null(f, "raw"), odd(f, "uns/new"), odd(f, "obsp/new")),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_parts_that_nobody_asked_for_stop_no_load(small_adata, on_disk, part):
+    toy = on_disk(small_adata())
+    good = load_screen(toy)
+    with h5py.File(toy.path, "a") as file:
+        CHANGES[part](file)
+    screen = load_screen(toy)
+    assert screen.fingerprint == good.fingerprint
+    assert list(screen.audit["unreadable_parts"]) == ([] if part is None else [part])
+
+
+@pytest.mark.parametrize(
+    ("part", "keys"),
+    [
+        ("obs/new", {"batch_key": "new"}),
+        ("obs/new", {"subset": {"new": 1}}),
+        ("var/new", {"gene_symbol_key": "new"}),
+        ("layers/new", {"counts_layer": "new"}),
+        ("layers/new", {"counts_layer": "recover:new"}),
+        ("raw/X", {"counts_layer": "raw"}),
+    ],
+)
+def test_a_part_that_is_asked_for_is_named_with_its_file(small_adata, on_disk, part, keys):
+    toy = on_disk(small_adata(), **keys)
+    with h5py.File(toy.path, "a") as file:
+        CHANGES[part](file)
+    with pytest.raises(ScreenError, match=rf"toy: {next(iter(keys))}: .*toy\.h5ad: {part} cannot be read \("):
+        load_screen(toy)
+
+
+@pytest.mark.parametrize("change", [lambda f: odd(f, "layers/counts"), lambda f: odd(f, "X")])
+def test_counts_that_cannot_be_read_are_not_replaced_by_others(small_adata, on_disk, change):
+    toy = on_disk(small_adata())
+    with h5py.File(toy.path, "a") as file:
+        change(file)
+    with pytest.raises(ScreenError, match=r"counts_layer: .*toy\.h5ad: (layers/counts|X) cannot be read"):
+        load_screen(toy)
+
+
+def test_a_file_without_values_or_without_cell_names_says_so(small_adata, on_disk):
+    toy = on_disk(small_adata())
+    with h5py.File(toy.path, "a") as file:
+        null(file, "X")
+    with pytest.raises(ScreenError, match=r"toy\.h5ad: expected values in X, raw or a layer, found none"):
+        load_screen(toy)
+    with h5py.File(toy.path, "a") as file:
+        del file["obs"].attrs["_index"]
+    with pytest.raises(ValueError, match=r"toy\.h5ad: obs: expected a table, which cannot be read: KeyError"):
+        load_screen(toy)
+
+
+# -- other forms of files ----------------------------------------------------------------------------------
+
+
+def test_a_zarr_store_loads_as_the_file_does(small_adata, on_disk, tmp_path):
+    good = load_screen(on_disk(small_adata()))
+    small_adata().write_zarr(tmp_path / "toy.zarr")
+    screen = load_screen(entry(path=str(tmp_path / "toy.zarr")))
+    assert screen.fingerprint == good.fingerprint and screen.audit["file"] == "toy.zarr"
+    sha256 = screen.audit["sha256"]
+    assert load_screen(entry(path=str(tmp_path / "toy.zarr"), sha256=sha256)).fingerprint == good.fingerprint
+    (tmp_path / "toy.zarr" / "extra").write_text("x")
+    with pytest.raises(ChecksumError, match=sha256):
+        load_screen(entry(path=str(tmp_path / "toy.zarr"), sha256=sha256))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"), [((), "an empty directory"), (("a.h5ad",), "a directory with a.h5ad")]
+)
+def test_a_directory_that_is_no_zarr_store_is_refused(tmp_path, files, said):
+    (tmp_path / "toy.zarr").mkdir()
+    for name in files:
+        (tmp_path / "toy.zarr" / name).touch()
+    with pytest.raises(
+        ValueError, match=f"toy.zarr: expected an h5ad file, or a directory that is a zarr.*, got {said}"
+    ):
+        load_screen(entry(path=str(tmp_path / "toy.zarr")))
+
+
+@pytest.fixture
+def h5mu(small_adata, on_disk, tmp_path):
+    """Path of an h5mu whose modalities, all with the same cells, are named as given."""
+
+    def write(*modalities, move=False):
+        source = on_disk(small_adata())
+        with h5py.File(source.path) as one, h5py.File(tmp_path / "toy.h5mu", "w") as file:
+            for name in modalities:
+                group = file.create_group(f"mod/{name}")
+                for key in one:
+                    one.copy(key, group)
+            one.copy("obs", file)
+            if move:  # they stand in the table of all modalities only
+                group["obs"].attrs["column-order"] = np.array([], dtype=h5py.string_dtype())
+        return str(tmp_path / "toy.h5mu")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("modalities", "asked"),
+    [(["rna", "adt"], None), (["GEX", "crispr"], None), (["cells"], None), (["a", "b"], "b")],
+)
+def test_of_an_h5mu_the_modality_is_known_or_named(h5mu, small_adata, on_disk, modalities, asked):
+    good = load_screen(on_disk(small_adata()))
+    path = h5mu(*modalities)
+    assert load_screen(entry(path=path, modality=asked)).fingerprint == good.fingerprint
+
+
+def test_labels_may_stand_in_the_table_of_all_modalities(h5mu, small_adata, on_disk):
+    good = load_screen(on_disk(small_adata()))
+    assert load_screen(entry(path=h5mu("rna", move=True))).fingerprint == good.fingerprint
+
+
+def test_a_modality_that_is_not_clear_is_refused(h5mu, small_adata, on_disk):
+    path = h5mu("a", "b")
+    with pytest.raises(ValueError, match=r"toy\.h5mu: modality: expected one of 'a', 'b', got none named"):
+        load_screen(entry(path=path))
+    with pytest.raises(ValueError, match="modality: expected one of 'a', 'b', got 'rna'"):
+        load_screen(entry(path=path, modality="rna"))
+    with pytest.raises(
+        ValueError, match=r"modality: expected a file with modalities \(h5mu\), got one without"
+    ):
+        load_screen(on_disk(small_adata(), modality="rna"))
+
+
+def test_a_home_directory_is_expanded(small_adata, on_disk, monkeypatch, tmp_path):
+    good = load_screen(on_disk(small_adata()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_screen(entry(path="~/toy.h5ad")).fingerprint == good.fingerprint
+    assert outputs_root("~/out") == tmp_path / "out"
+    monkeypatch.setenv("PERTURBRET_OUTPUTS", "~/more")
+    assert outputs_root() == tmp_path / "more"
+
+
+def test_a_full_disk_is_no_reason_for_simulated_cells(monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("perturbret.fetch.download", full)
+    with pytest.raises(DiskFull, match="No space left on device"):
+        resolve_dataset("auto", registry=without_real(monkeypatch, "http://localhost:1/x.h5ad", tmp_path))

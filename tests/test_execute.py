@@ -1,5 +1,6 @@
 """Execution of one notebook: whole or not at all, failures kept, parameters checked first."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from perturbret import __version__
+from perturbret.atomic import DiskFull
 from perturbret.execute import NotebookFailed, execute
 from perturbret.html import external_requests
 from perturbret.parameters import ParameterError
@@ -126,6 +129,44 @@ def test_a_kernel_that_dies_is_a_failure(toy, tmp_path):
     assert outputs(out.parent / "failed" / "03_toy.ipynb") == ["'before'"]
 
 
+def test_the_callers_environment_changes_no_page(toy, tmp_path, monkeypatch):
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 30\ntext.usetex: True\n")
+    for name, value in {"MPLBACKEND": "Agg", "PYTHONOPTIMIZE": "1", "MATPLOTLIBRC": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    notebook = toy(
+        "from perturbret import figures\nfigure, (axis,) = figures.new_figure()\naxis.set_title('$5 and <b> $')",
+        "import matplotlib\nmatplotlib.rcParams['lines.linewidth']",
+        "assert not fail",
+    )
+    out = tmp_path / "out" / "03_toy.ipynb"
+    with pytest.raises(NotebookFailed, match="AssertionError"):
+        execute(notebook, out, {"fail": True})
+    execute(notebook, out)
+    assert out.with_suffix(".html").read_text().count('src="data:image/png') == 1
+    assert outputs(out)[-1] == "1.5"
+    # By papermill alone, nothing stands between the notebook and the environment but the package.
+    import papermill
+
+    done = papermill.execute_notebook(
+        str(notebook), str(tmp_path / "bare.ipynb"), kernel_name="python3", progress_bar=False
+    )
+    images = [o for cell in done.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(images) == 1
+
+
+def test_a_full_disk_is_an_event_of_its_own(toy, tmp_path, monkeypatch):
+    def full(path, text):
+        raise DiskFull(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("perturbret.execute.write_text", full)
+    monkeypatch.setenv("PERTURBRET_EVENTS", str(tmp_path / "events"))
+    with pytest.raises(DiskFull, match="No space left on device"):
+        execute(toy("1"), tmp_path / "out" / "03_toy.ipynb")
+    last = json.loads((tmp_path / "events").read_text().splitlines()[-1])
+    assert last["event"] == "failed" and last["kept"] is None
+    assert last["error"].startswith("DiskFull: [Errno 28] No space left on device: ")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -138,6 +179,22 @@ def test_wrong_parameters_are_refused_before_anything_runs(toy, tmp_path, words,
     done = command("execute", toy("1"), tmp_path / "out" / "03_toy.ipynb", *words)
     assert done.returncode == 2 and said in done.stderr and done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_says_its_version_and_speaks_under_any_locale(toy, tmp_path):
+    assert command("--version").stdout == f"perturbret {__version__}\n"
+    # As with a locale of another encoding than UTF-8, of which no machine is sure to have one.
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ascii_only.items():
+            patch.setenv(name, value)
+        notebook = toy(
+            "open(note, 'w').write('é')\nprint(open(note, encoding='utf-8').read(), note)", name="03_ö"
+        )
+        out = tmp_path / "äus" / "03_toy.ipynb"
+        done = command("execute", notebook, out, "-y", f"note: {tmp_path}/ß.txt")
+    assert done.returncode == 0, done.stderr
+    assert outputs(out) == [f"é {tmp_path}/ß.txt\n"] and r"\xe4us" in done.stdout
 
 
 def test_wrong_paths_are_refused(toy, tmp_path):

@@ -85,8 +85,8 @@ def test_the_evaluation_gets_what_the_fit_got_and_its_own(grid):
 def test_other_varied_names_enter_the_run_name(grid):
     found = grid(block("[a]", "{seed: [0], rate: [0.1, 1e-2], encoder: ['obsm:X_a']}"), {"a": "search: {}"})
     assert [run.name for run in found.runs] == [
-        "a-none-seed0-rate_0.1-encoder_obsm_X_a",
-        "a-none-seed0-rate_0.01-encoder_obsm_X_a",
+        "a-none-seed0-rate=0.1-encoder=obsm_X_a_cd6c34",
+        "a-none-seed0-rate=0.01-encoder=obsm_X_a_cd6c34",
     ]
 
 
@@ -191,3 +191,15 @@ def test_every_recipe_fits_its_notebook(path):
     notebook = "04_finetune" if path.stem.startswith("scgpt") else "03_baselines"
     declared = declared_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
     assert check_parameters(load_parameters(path), declared, where=path.name)
+
+
+def test_whatever_varies_is_in_the_names_and_two_values_are_two_runs(grid):
+    values = "[0.1, -1, 1, 1e-5]"
+    searches = "[{C: [0.1]}, {C: [1.0]}, {C: [1.0], penalty: [l1, l2, elasticnet, none, another, one more]}]"
+    found = grid(block("[a]", f"{{mask: [none], seed: [0], rate: {values}, search: {searches}}}"))
+    names = [run.name for run in found.runs]
+    assert len(set(names)) == len(names) == 12 and names[0].startswith("a-none-seed0-rate=0.1-search=C_0.1_")
+    assert all(len(name) < 120 and set(name).isdisjoint("/ '\"{}[]:,") for name in names)
+    # So that `perturbret.compare` knows the recipe of each.
+    assert {name.partition("-none-seed0")[0] for name in names} == {"a"}
+    assert [run.parameters["search"]["C"] for run in found.runs[:2]] == [[0.1], [1.0]]

@@ -34,9 +34,9 @@ LAYERS = {
         "trunk validation"
     ),
     "bookkeeping": (
-        "__main__ audit compare contenders contrasts coverage execute figures grid html index parameters pipeline "
-        "pretraining_report pretraining_run progress provenance readouts report runs sentences shown superseded tables "
-        "training_report wording workflow"
+        "__main__ audit checks compare contenders contrasts coverage execute figures grid html index parameters "
+        "pipeline pretraining_report pretraining_run progress provenance readouts report runs sentences shown "
+        "superseded tables training_report wording workflow"
     ),
 }
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}

@@ -85,6 +85,15 @@ def test_notebook_is_thin_and_clean(path):
     assert flaws(path) == []
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_checks_its_parameters_first_and_shows_tables_that_escape(path):
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    (place,) = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
+    assert code[place + 1].source.startswith("check_given()\n")
+    everything = "\n".join(cell.source for cell in code)
+    assert ".style" not in everything and "to_html" not in everything, "use perturbret.shown"
+
+
 def test_a_good_notebook_has_no_flaw(edited):
     assert flaws(edited()) == []
 

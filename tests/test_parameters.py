@@ -2,10 +2,13 @@
 
 import json
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from perturbret.parameters import (
     ParameterError,
+    check_given,
     check_parameters,
     declared_parameters,
     load_parameters,
@@ -93,11 +96,11 @@ def test_values_come_out_in_the_declared_type(given, expected):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"seed": "7"}, r"03: seed: expected a whole number \(default 0\), got '7'"),
+        ({"seed": "7"}, r"03: seed: expected a whole number \(default 0\), got text: '7'"),
         ({"seed": 0.5}, "seed: expected a whole number"),
         ({"seed": True}, "seed: expected a whole number"),
         ({"seed": float("inf")}, "seed: expected a whole number"),
-        ({"rate": "1e-3"}, r"rate: expected a number \(default 0.1\), got '1e-3'"),
+        ({"rate": "1e-3"}, r"rate: expected a number \(default 0.1\), got text: '1e-3'"),
         ({"rate": None}, "rate: expected a number"),
         ({"encoder": 5}, "encoder: expected text"),
         ({"fast": 1}, "fast: expected true or false"),
@@ -157,3 +160,45 @@ def test_a_file_of_parameters_holds_one_mapping(tmp_path):
 )
 def test_the_command_line_is_read_by_declared_type(name, text, value):
     assert parse_text(name, text, DECLARED, where="-p") == value
+
+
+@pytest.fixture
+def papermill_says(tmp_path):
+    """Executes a small notebook by papermill itself; what its last cell printed, or the error's text."""
+    cells = [
+        new_code_cell("from perturbret.parameters import check_given"),
+        new_code_cell("seed = 0\nflag = False\nsearch = {}\nrate = 0.5", metadata={"tags": ["parameters"]}),
+        new_code_cell("check_given()\nprint(repr((seed, flag, search, rate)))"),
+    ]
+    nbformat.write(
+        new_notebook(cells=cells, metadata={"language_info": {"name": "python"}}), tmp_path / "in.ipynb"
+    )
+
+    def say(**given):
+        import papermill
+        from papermill.exceptions import PapermillExecutionError
+
+        options = {"kernel_name": "python3", "progress_bar": False, "parameters": given}
+        try:
+            made = papermill.execute_notebook(
+                str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), **options
+            )
+        except PapermillExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+        return made.cells[-1].outputs[0].text.strip()
+
+    return say
+
+
+def test_a_notebook_that_papermill_runs_refuses_other_types(papermill_says):
+    said = papermill_says(flag="no")
+    assert said.startswith(
+        "ParameterError: parameters: flag: expected true or false (default False), got text: 'no'; "
+    )
+    assert "use -y" in said
+    assert "unknown parameter 'sed'; nearest: 'seed'" in papermill_says(sed=1)
+    assert papermill_says(seed=1e1, search={"C": [0.1]}, rate=1) == "(10, False, {'C': [0.1]}, 1.0)"
+
+
+def test_outside_a_notebook_there_is_nothing_to_check():
+    check_given()

@@ -13,10 +13,12 @@ import toy
 from safetensors.torch import load_file, save_file
 
 from perturbret import pipeline, training_report
+from perturbret.compare import collect
 from perturbret.encoders import load_encoder
 from perturbret.model import device_name
-from perturbret.pipeline import evaluate_run, fit_run
+from perturbret.pipeline import evaluate_run, fit_code, fit_run
 from perturbret.prepare import UNLABELLED
+from perturbret.pretrained import CheckpointNotFound
 from perturbret.runs import RunExists, open_run, run_name
 
 REQUEST = {"encoder": "scgpt", "mask": "all_targets", "seed": 0}
@@ -291,3 +293,24 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     fit_run(open_head(toy.tiny_screen(), *map(Path, sys.argv[1:])))
     torch.distributed.destroy_process_group()
+
+
+def test_a_run_is_judged_and_counts_without_its_checkpoint(screen, tiny_checkpoint, tmp_path, no_fit):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    run = open_head(screen, tmp_path / "outputs", checkpoint)
+    fit_run(run)
+    shutil.move(checkpoint, tmp_path / "elsewhere")
+    no_fit()
+    evaluate_run(run, libraries=["mean"], query_sizes=[1], poolings=["scores"], n_resamples=50)
+    finished, missing = collect(run.directory.parent, code=fit_code)
+    assert [each.name for each in finished] == [run.directory.name] and missing == []
+    # Other weights that are there under its name are another start.
+    shutil.copytree(tmp_path / "elsewhere", checkpoint)
+    with open(checkpoint / "args.json", "a") as file:
+        file.write(" ")
+    assert collect(run.directory.parent, code=fit_code)[1] == [run.directory.name]
+    # And without a fit that is there, a checkpoint is needed.
+    shutil.rmtree(checkpoint)
+    with pytest.raises(CheckpointNotFound):
+        fit_code(run.params)

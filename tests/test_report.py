@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,11 @@ SETTINGS = {
 }
 
 
+def checked(warnings=(), suspect=False, confounded=False):
+    """What `perturbret.checks.check_screen` says of a screen, as far as a report reads it."""
+    return SimpleNamespace(warnings=list(warnings), suspect=suspect, confounded=confounded, names=["copies"])
+
+
 @pytest.fixture(scope="module")
 def screen():
     return simulate_screen(n_singles=6, n_doubles=2, cells_per_condition=40, n_control=40, n_genes=80, seed=3)
@@ -44,7 +50,7 @@ def outputs(screen, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(screen, outputs):
-    return report.build_report(screen, outputs=str(outputs), n_resamples=300)
+    return report.build_report(screen, checked(), outputs=str(outputs), n_resamples=300)
 
 
 def behind(built):
@@ -125,6 +131,15 @@ def test_an_evaluation_of_another_encoder_counts_as_missing(screen, outputs, tmp
     assert missing == ["pca-all_targets-seed0"] and len(finished) == 17
 
 
+@pytest.mark.parametrize("name", ["encoder", "null_encoder"])
+def test_an_encoder_that_was_put_in_anothers_place_counts_as_not_judged(screen, outputs, tmp_path, name):
+    shutil.copytree(outputs / screen.name, tmp_path / screen.name)
+    with open(tmp_path / screen.name / "pca-all_targets-seed0" / name / "encoder.json", "a") as file:
+        file.write(" ")
+    finished, missing = compare.collect(tmp_path / screen.name)
+    assert missing == ["pca-all_targets-seed0"] and len(finished) == 17
+
+
 def test_estimates_and_contrasts_agree_with_the_scores_by_hand(built):
     row = built.single().set_index("encoder").loc["pca"]
     single = built.scores.query("mask == 'all_targets' and query_size == 1")
@@ -178,9 +193,9 @@ def test_headline_says_who_is_first_by_what_verdict_and_what_was_checked(built):
     verdict = built.asked("baseline").loc[behind(built), "verdict"]
     assert f"{verdict}: {behind(built)}" in text and "**prior, which reads no expression**" in text
     assert "detects only leaks that follow the permuted labels" in text
-    assert "**No leak was found by the checks that were run**: null control." in text
+    assert "**No leak was found by the checks that were run**: copies, null control." in text
     assert "leak-free" not in text
-    assert "simulated screens of 8 conditions they held the truth" in text
+    assert "simulated screens of 8 conditions such intervals held the truth" in text
 
 
 def test_the_smallest_leak_that_the_null_control_finds_is_said_beside_it(built):
@@ -196,7 +211,7 @@ def test_the_smallest_leak_that_the_null_control_finds_is_said_beside_it(built):
 def test_nothing_is_claimed_of_a_screen_that_fails_its_checks(screen, outputs, flag):
     told = ["CAUTION: one column names the conditions"]
     found = report.build_report(
-        screen, outputs=str(outputs), n_resamples=50, warnings=told, checks=["duplicates"], **{flag: True}
+        screen, checked(warnings=told, **{flag: True}), outputs=str(outputs), n_resamples=50
     )
     text = sentences.headline(found)
     assert text.startswith(f"- **{told[0]}**")

@@ -74,6 +74,9 @@ def project(tmp_path_factory):
     (folder / "grid.yaml").write_text(
         "runs:\n" + "".join(f"  - notebook: 03_baselines\n    {b}\n" for b in blocks)
     )
+    (folder / "good.grid.yaml").write_text(
+        "runs:\n  - {notebook: 03_baselines, recipes: [good], vary: {seed: [0]}}\n"
+    )
     (folder / "good.yaml").write_text("encoder: good\n")
     (folder / "bad.yaml").write_text("encoder: bad\n")
     (folder / "toy.yaml").write_text("name: toy\nsimulate: {seed: 0}\n")
@@ -229,6 +232,41 @@ def test_a_corrected_recipe_redoes_its_run_and_nothing_else(project, undisturbed
     assert "failed" not in (outputs / "index.html").read_text().partition("<main>")[2]
 
 
+def index_links(outputs):
+    return set(re.findall(r'href="([^#"]+)"', (outputs / "index.html").read_text()))
+
+
+def test_a_profile_of_the_users_own_is_not_applied_and_a_dry_run_is_not_finished(project):
+    (project / "dry").mkdir()
+    text = (ROOT / "workflow" / "profiles" / "default" / "config.yaml").read_text()
+    (project / "dry" / "config.yaml").write_text(text + "dry-run: true\n")
+    code, said = finish(start(project, "dried", "--profile", str(project / "dry"), grid="good.grid.yaml"))
+    assert code == 1 and "NOT finished after" in said and not re.search(r"^finished", said, re.MULTILINE)
+    assert "0 of 1 run are evaluated" in said and "dry run" in said and calls(project / "dried") == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SNAKEMAKE_PROFILE", str(project / "dry"))
+        code, said = finish(start(project, "dried", grid="good.grid.yaml"))
+    assert code == 0 and re.search(r"^finished after", said, re.MULTILINE), said
+    # Nothing is left to do now, and that is no failure.
+    assert finish(start(project, "dried", grid="good.grid.yaml"))[0] == 0
+
+
+def test_results_of_other_data_are_moved_aside_and_made_anew(project):
+    entry, outputs = project / "toy.yaml", project / "corrected"
+    assert finish(start(project, "corrected", grid="good.grid.yaml"))[0] == 0
+    before, links = calls(outputs), index_links(outputs)
+    entry.write_text("name: toy\nsimulate: {seed: 1}\n")
+    try:
+        code, said = finish(start(project, "corrected", grid="good.grid.yaml"))
+    finally:
+        entry.write_text("name: toy\nsimulate: {seed: 0}\n")
+    assert code == 0 and "the data, or what its entry says of them, have changed (fingerprint " in said, said
+    assert calls(outputs) == sorted(before * 2) and index_links(outputs) == links
+    (old,) = (outputs / "toy" / "superseded").iterdir()
+    assert {path.name for path in old.iterdir()} == {"audit", "good-none-seed0", "report", "vocab"}
+    assert (old / "good-none-seed0" / "05_retrieval_eval.html").exists()
+
+
 @pytest.mark.parametrize(
     ("grid", "words", "said"),
     [
@@ -339,6 +377,24 @@ def test_the_time_left_follows_what_was_measured(progress):
     feed("b", "03_baselines", "failed", error="ValueError: no", kept="/x/b/failed/03_baselines.ipynb")
     assert said[-1] == "[3/8] FAILED b 03_baselines: ValueError: no"
     assert follower.failed == {("b", "03_baselines"): ("ValueError: no", "/x/b/failed/03_baselines.ipynb")}
+
+
+def test_what_was_planned_and_never_ended_is_undone(progress):
+    follower, said, feed = progress
+    feed("a", "03_baselines", "done", seconds=1)
+    feed("b", "03_baselines", "failed", error="no", kept=None)
+    assert follower.undone() == 6
+    with open(follower.log, "a") as log:
+        log.write("8 of 8 steps (100%) done\n")
+    assert follower.undone() == 0
+
+
+def test_on_a_full_disk_a_killed_notebook_is_laid_to_that(progress, monkeypatch):
+    follower, said, feed = progress
+    feed("a", "03_baselines", "start")
+    monkeypatch.setattr("perturbret.progress.no_space", lambda path: "no space left on device: 0 bytes")
+    follower.finish()
+    assert follower.failed["a", "03_baselines"] == ("no space left on device: 0 bytes", None)
 
 
 def test_a_notebook_that_never_ended_was_killed(progress):
