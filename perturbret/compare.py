@@ -261,7 +261,7 @@ def repeats(scores: pd.DataFrame, metrics: list[str]) -> tuple[np.ndarray, pd.Da
     return values, scores[["query_id", "condition"]].iloc[:: len(seeds)].reset_index(drop=True)
 
 
-def estimates(scores: pd.DataFrame) -> pd.DataFrame:
+def estimates(scores: pd.DataFrame, *, n_resamples: int) -> pd.DataFrame:
     """Every method by itself: means over queries and training repeats.
 
     Returns
@@ -282,11 +282,12 @@ def estimates(scores: pd.DataFrame) -> pd.DataFrame:
         key["n_repeats"] = found.shape[2]
         for metric, matrix in zip(metrics, found, strict=True):
             for average in ("micro", "macro") if key["primary"] else ("micro",):
-                mean = repeated_mean(matrix, queries["condition"], average=average)
-                row = {**key, "metric": metric, "average": average, "estimate": mean.estimate}
                 # Every metric lies between 0 and 1, and so does its mean.
-                low, high = np.clip([mean.low, mean.high], 0, 1)
-                rows.append(row | {"ci_low": low, "ci_high": high, "spread": mean.spread})
+                mean = repeated_mean(
+                    matrix, queries["condition"], average=average, n_resamples=n_resamples, bounds=(0, 1)
+                )
+                row = {**key, "metric": metric, "average": average, "estimate": mean.estimate}
+                rows.append(row | {"ci_low": mean.low, "ci_high": mean.high, "spread": mean.spread})
     return pd.DataFrame(rows)
 
 

@@ -19,7 +19,7 @@ SHOWN = ("exact_hit@1", "mrr")
 
 
 def contrasts(
-    scores: pd.DataFrame, readouts: pd.DataFrame, *, n_permutations: int = 10_000, no_verdict: str = ""
+    scores: pd.DataFrame, readouts: pd.DataFrame, *, n_resamples: int = 1000, no_verdict: str = ""
 ) -> pd.DataFrame:
     """All paired differences of a report, on the same single query cells.
 
@@ -29,7 +29,8 @@ def contrasts(
         From `perturbret.compare.kept_scores`, of one track and share of labels.
     readouts : pandas.DataFrame
         From `perturbret.compare.choose_readouts`, of the same.
-    n_permutations : int
+    n_resamples : int
+        Of the bootstrap behind intervals; ten sign patterns of paired tests for each.
     no_verdict : str
         Why nothing may be concluded on this screen; every verdict then says so.
 
@@ -69,7 +70,7 @@ def contrasts(
         tables = [parts.get((*name, *side)) for name, side in zip((one, other), sides, strict=True) if side]
         if len(tables) == 2 and all(table is not None for table in tables):
             against = other[0] if question != "mask" else other[1]
-            found = _difference(*tables, n_permutations)
+            found = _difference(*tables, n_resamples)
             rows.append({"question": question, "encoder": one[0], "mask": one[1], "against": against})
             rows[-1] |= {"scoring": shared[0], "library": shared[1], **found}
     table = pd.DataFrame(rows, columns=columns)
@@ -137,7 +138,7 @@ def _closest(one, others: pd.DataFrame) -> str | None:
     return min(differ)[1] if differ else None
 
 
-def _difference(one: pd.DataFrame, other: pd.DataFrame, n_permutations: int) -> dict:
+def _difference(one: pd.DataFrame, other: pd.DataFrame, n_resamples: int) -> dict:
     """Over the seeds that both have."""
     seeds = set(one["seed"]) & set(other["seed"])
     if not seeds:
@@ -150,7 +151,9 @@ def _difference(one: pd.DataFrame, other: pd.DataFrame, n_permutations: int) -> 
             f"{one['encoder'].iloc[0]} and {other['encoder'].iloc[0]}: expected the same query cells, got others"
         )
     hit, mrr = (
-        repeated_difference(x, y, queries["condition"], n_permutations=n_permutations, seed=0)
+        repeated_difference(
+            x, y, queries["condition"], n_resamples=n_resamples, n_permutations=10 * n_resamples, seed=0
+        )
         for x, y in zip(a, b, strict=True)
     )
     found = {"estimate": a[0].mean(), "other": b[0].mean(), "difference": hit.estimate}

@@ -59,7 +59,7 @@ def method_ladder(
         fill = "white" if role == "nuisance" else colour
         axis.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2, alpha=0.6)
         axis.plot(row.estimate, y, "D" if role == "ceiling" else "o", color=colour, ms=6, mfc=fill)
-    axis.set_yticks(range(len(rows)), [_text(shown(name)) for name in rows["encoder"]])
+    axis.set_yticks(range(len(rows)), [shown(name) for name in rows["encoder"]])
     apart = abs(prior - chance) > 1e-3
     _line(axis, chance, "chance", ":", side="right" if apart else "center")
     if apart:
@@ -103,7 +103,7 @@ def masking_effect(table: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
     right.set(xlabel="exact_hit@1, permuted labels", xlim=(0, None))
     left.set_title("What each mask shows")
     right.set_title("Null control: nothing to find here")
-    left.set_yticks(range(len(order)), [_text(name) for name in order])
+    left.set_yticks(range(len(order)), order)
     right.set_yticks(range(len(order)), [])
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.25)
@@ -134,9 +134,9 @@ def paired_differences(table: pd.DataFrame) -> Figure:
             fill = colour if row.verdict in ("better", "worse") else "white"
             axis.plot(row.difference, y, "o", color=colour, ms=6, mfc=fill)
         axis.axvline(0, color="#555", lw=1, ls=":")
-        axis.set_yticks(range(len(part)), [_text(shown(name)) for name in part["encoder"]])
+        axis.set_yticks(range(len(part)), [shown(name) for name in part["encoder"]])
         opponents = part["against"].unique()
-        named = f" ({_text(opponents[0])})" if question == "baseline" and len(opponents) == 1 else ""
+        named = f" ({opponents[0]})" if question == "baseline" and len(opponents) == 1 else ""
         axis.set(
             title=titles[question] + named, xlabel="difference of exact_hit@1", ylim=(-0.7, tallest - 0.3)
         )
@@ -162,7 +162,7 @@ def top_k_curves(table: pd.DataFrame, chance: dict[str, float]) -> Figure:
                 ms=4,
                 lw=1.6,
                 color=colour,
-                label=_text(encoder),
+                label=encoder,
             )
         found = [k for k in ks if f"{kind}@{k}" in chance]
         axis.plot(found, [chance[f"{kind}@{k}"] for k in found], "k:", lw=1.2, label="chance")
@@ -186,9 +186,7 @@ def query_size_curves(table: pd.DataFrame, chance: float) -> Figure:
             axis.fill_between(
                 rows["query_size"], rows["ci_low"], rows["ci_high"], color=colour, alpha=0.1, lw=0
             )
-            axis.plot(
-                rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=_text(encoder)
-            )
+            axis.plot(rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=encoder)
         axis.axhline(chance, color="black", ls=":", lw=1, label="chance")
         sizes = sorted(set(part["query_size"]))
         axis.set_xscale("log")
@@ -211,10 +209,10 @@ def condition_hits(table: pd.DataFrame, chance: float, title: str) -> Figure:
     y = np.arange(len(rows))
     axis.hlines(y, rows["ci_low"], rows["ci_high"], color=MASK_COLOURS[LEAK_FREE], alpha=0.5, lw=2)
     axis.plot(rows["estimate"], y, "o", color=MASK_COLOURS[LEAK_FREE], ms=4.5)
-    axis.set_yticks(y, [_text(name) for name in rows["condition"]])
+    axis.set_yticks(y, rows["condition"])
     _line(axis, chance, "chance", ":")
     axis.set(xlabel="exact_hit@1, single cells", xlim=(0, 1))
-    axis.set_title(_text(title), pad=16)
+    axis.set_title(title, pad=16)
     axis.margins(y=0.02)
     return figure
 
@@ -223,13 +221,12 @@ def confusion_heatmap(confusion: pd.DataFrame, title: str) -> Figure:
     """Row-normalised confusion: rows true conditions, columns the conditions ranked first."""
     import seaborn as sns
 
-    confusion = confusion.rename(index=_text, columns=_text)
     figure, (axis,) = new_figure(3.2 + 0.42 * len(confusion.columns), 2.0 + 0.34 * len(confusion))
     sns.heatmap(
         confusion, cmap="Blues", vmin=0, annot=True, fmt=".2f", annot_kws={"size": 7.5}, ax=axis, square=False
     )
     axis.set(xlabel="ranked first", ylabel="true condition")
-    axis.set_title(_text(title))
+    axis.set_title(title)
     return figure
 
 
@@ -237,7 +234,7 @@ def coverage_curves(curves: dict[str, pd.DataFrame]) -> Figure:
     """Accuracy among the most confident share of queries, one line per method."""
     figure, (axis,) = new_figure(7, 3.6)
     for colour, (name, curve) in zip(_palette(len(curves)), curves.items(), strict=True):
-        axis.plot(curve["coverage"], curve["accuracy"], lw=1.6, color=colour, label=_text(name))
+        axis.plot(curve["coverage"], curve["accuracy"], lw=1.6, color=colour, label=name)
     axis.set(
         xlabel="share of queries answered, most confident first",
         ylabel="exact_hit@1 among them",
@@ -296,11 +293,6 @@ def vocab_coverage(summary: pd.DataFrame, *, warn_below: float) -> Figure:
     axes[1].set_yticks(y, [])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
-
-
-def _text(name: str) -> str:
-    """A name from the data, letter by letter: matplotlib takes `$` for mathematics."""
-    return str(name).replace("$", r"\$")
 
 
 def _palette(n: int) -> list:

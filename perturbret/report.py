@@ -139,7 +139,7 @@ def build_report(
     outputs : str
         See `perturbret.runs.outputs_root`.
     n_resamples : int
-        Resamples of conditions behind the stability of read-outs; a tenth of the sign patterns of paired tests.
+        Resamples of conditions behind intervals and the stability of read-outs; ten sign patterns of paired tests each.
 
     Raises
     ------
@@ -251,7 +251,7 @@ def _compared(directory: Path, arena: tuple, runs: list[Finished], n_resamples: 
     table = contrasts(
         scores,
         readouts,
-        n_permutations=10 * n_resamples,
+        n_resamples=n_resamples,
         no_verdict=f"not judged: {reason}" if reason else "",
     )
     judge = next(run for run in runs if run.params["mask"] == LEAK_FREE)
@@ -260,7 +260,16 @@ def _compared(directory: Path, arena: tuple, runs: list[Finished], n_resamples: 
     queries = scores[scores["query_size"] == 1].drop_duplicates("query_id")
     prior = float(queries["condition"].value_counts(normalize=True).iloc[0])
     return Report(
-        directory, *arena, readouts, scores, estimates(scores), verdicts, table, chance, prior, **shared
+        directory,
+        *arena,
+        readouts,
+        scores,
+        estimates(scores, n_resamples=n_resamples),
+        verdicts,
+        table,
+        chance,
+        prior,
+        **shared,
     )
 
 

@@ -143,11 +143,15 @@ def test_nuisance_is_no_baseline_and_what_exceeds_it_gets_an_interval_and_no_ver
     readouts = pd.DataFrame(
         [method("batch", "nuisance", 0.9), method("prior", "nuisance", 0.1), method("a", "simple", 0.3)]
     )
-    scores = pd.concat([hits("batch", RATES + 0.3), hits("prior", RATES * 0), hits("a", RATES)])
+    whitened = {"scoring": "whitened", "library": "mean"}
+    readouts.loc[0, list(whitened)] = list(whitened.values())  # each side at its own
+    batch = hits("batch", RATES + 0.3, readouts=(("classifier", "none"), ("whitened", "mean")))
+    scores = pd.concat([batch, hits("prior", RATES * 0), hits("a", RATES)])
     table = contrasts(scores, readouts)
     assert set(table["question"]) == {"nuisance"} and set(table["against"]) == {"batch"}
     row = table.set_index("encoder").loc["a"]
-    assert row.difference < 0 and row.low < row.difference < row.high
+    at_best = batch.query("scoring == 'whitened'")["exact_hit@1"].mean()
+    assert row.other == pytest.approx(at_best) and row.low < row.difference < row.high
     assert row.verdict == "" and np.isnan(row.p_holm)
 
 
