@@ -204,7 +204,7 @@ def _table(file: Any, key: str, path: Path, unreadable: dict[str, str]) -> pd.Da
     try:
         group = file[key]
         index = pd.Index(read_elem(group[group.attrs["_index"]]))
-        names = list(dict.fromkeys(map(str, group.attrs["column-order"])))
+        names = [str(name) for name in group.attrs["column-order"]]
     except Exception as error:
         raise ValueError(
             f"{path}: {key}: expected a table, which cannot be read: {_reason(error)}"

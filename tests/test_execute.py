@@ -131,7 +131,11 @@ def test_a_kernel_that_dies_is_a_failure(toy, tmp_path):
 
 def test_the_callers_environment_changes_no_page(toy, tmp_path, monkeypatch):
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 30\ntext.usetex: True\n")
-    for name, value in {"MPLBACKEND": "Agg", "PYTHONOPTIMIZE": "1", "MATPLOTLIBRC": str(tmp_path)}.items():
+    for name, value in {
+        "MPLBACKEND": "none such",
+        "PYTHONOPTIMIZE": "1",
+        "MATPLOTLIBRC": str(tmp_path),
+    }.items():
         monkeypatch.setenv(name, value)
     notebook = toy(
         "from perturbret import figures\nfigure, (axis,) = figures.new_figure()\naxis.set_title('$5 and <b> $')",
@@ -147,6 +151,7 @@ def test_the_callers_environment_changes_no_page(toy, tmp_path, monkeypatch):
     # By papermill alone, nothing stands between the notebook and the environment but the package.
     import papermill
 
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     done = papermill.execute_notebook(
         str(notebook), str(tmp_path / "bare.ipynb"), kernel_name="python3", progress_bar=False
     )
