@@ -112,7 +112,7 @@ def evaluate(
 
 
 def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Means over queries, with intervals from resampled conditions and with chance.
+    """Means over queries, with intervals that treat conditions as drawn and with chance.
 
     Parameters
     ----------
@@ -137,9 +137,9 @@ def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -
         metrics.remove("rank")
     values, equal = scores[metrics].to_numpy(np.float64), _chance_levels(scores, metrics)
     conditions = scores["condition"].to_numpy(str)
-    # A rank starts at 1; all other metrics are shares or like them.
+    # Ranks go from 1 to the number of candidates, all other metrics from 0 to 1.
     rank = np.array(metrics) == "rank"
-    bounds = rank.astype(float), np.where(rank, np.inf, 1.0)
+    bounds = rank.astype(float), np.where(rank, float(scores["n_candidates"].max()), 1.0)
     tables = []
     for key, rows in scores.groupby(READOUT, sort=True).indices.items():
         clusters = conditions[rows]

@@ -84,7 +84,7 @@ def make_split(
     Cells are drawn by a hash of track and cell name, train and val by one of track, seed and cell name. So the
     roles depend neither on the order of rows nor on other conditions, and stay the same across versions of numpy.
 
-    Cells of a group, such as copies of one cell, all get the role that the first of them in the draw has; the
+    Cells of a group, such as copies of one cell, all get the role of one of them, drawn by itself; the
     numbers above then hold up to the sizes of groups.
 
     Parameters
@@ -128,16 +128,17 @@ def make_split(
     is_query[by_place] = rank >= n_train + n_val
     goal[by_place] = n_train if fractions[1] else size
     if groups is not None:
-        is_query = _as_first(is_query, order, groups, condition)
+        is_query = _as_one(is_query, cells, groups, condition, f"{track}\0query")
 
     rest = np.flatnonzero(~is_query)
-    place, inner_order = _draw(condition[rest], batch[rest], [cells[i] for i in rest], f"{track}\0{seed}")
+    others = [cells[i] for i in rest]
+    place, inner_order = _draw(condition[rest], batch[rest], others, f"{track}\0{seed}")
     by_place = np.lexsort((inner_order, place, condition[rest]))
     _, rank, _ = _groups(condition[rest][by_place])
     is_val = np.empty(len(rest), dtype=bool)
     is_val[by_place] = rank >= goal[rest][by_place]
     if groups is not None:
-        is_val = _as_first(is_val, inner_order, groups[rest], condition[rest])
+        is_val = _as_one(is_val, others, groups[rest], condition[rest], f"{track}\0{seed}")
     roles = np.full(len(obs), "query", dtype=object)
     roles[rest] = np.where(is_val, "val", "train")
     return Split(track, seed, pd.Series(roles, index=obs.index, name="role"), fractions)
@@ -149,8 +150,7 @@ def _draw(condition, batch, cells: list[str], salt: str) -> tuple[np.ndarray, np
     Systematic sampling: the r-th of m cells of a batch stands at (r + random start) / m, so that any stretch of
     [0, 1) holds about the same share of every batch.
     """
-    draws = [hashlib.blake2b(f"{salt}\0{cell}".encode(), digest_size=16).digest() for cell in cells]
-    order, start = np.frombuffer(b"".join(draws), dtype="<u8").reshape(-1, 2).T
+    order, start = _numbers(cells, salt)
     start = start / 2.0**64
     by_batch = np.lexsort((order, batch, condition))
     first, rank, size = _groups(condition[by_batch], batch[by_batch])
@@ -159,10 +159,12 @@ def _draw(condition, batch, cells: list[str], salt: str) -> tuple[np.ndarray, np
     return place, order
 
 
-def _as_first(
-    held_out: np.ndarray, order: np.ndarray, groups: np.ndarray, condition: np.ndarray
+def _as_one(
+    held_out: np.ndarray, cells: list[str], groups: np.ndarray, condition: np.ndarray, salt: str
 ) -> np.ndarray:
-    """`held_out` with every group as its first cell in `order`; a group is kept where a condition would lose all."""
+    """`held_out` with every group as one of its cells, which is drawn anew: the draw that held cells out would, by its
+    order, hold back most groups. A group is kept where a condition would lose all of its cells."""
+    order, _ = _numbers(cells, f"{salt}\0group")
     by_order = np.argsort(order, kind="stable")
     _, first, group = np.unique(groups[by_order], return_index=True, return_inverse=True)
     of_group = held_out[by_order][first]
@@ -173,6 +175,13 @@ def _as_first(
         if len(own):
             of_group[code[own[0]]] = False
     return of_group[code]
+
+
+def _numbers(cells: list[str], salt: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two random numbers (uint64) of each cell, by a hash of salt and name."""
+    draws = [hashlib.blake2b(f"{salt}\0{cell}".encode(), digest_size=16).digest() for cell in cells]
+    order, other = np.frombuffer(b"".join(draws), dtype="<u8").reshape(-1, 2).T
+    return order, other
 
 
 def cells_of_role(role: str, split_id: str, split_hash: str) -> str:

@@ -24,7 +24,7 @@ STATUSES = (MATCHED, ABSENT, UNKNOWN)
 # Spellings that are the whole name; of the other kinds the candidate is a part of it.
 _WHOLE = ("case", "characters", "spreadsheet date")
 _MADE_UNIQUE = re.compile(r"(.+)[-.]\d{1,2}")
-_NEIGHBOUR = re.compile(r"(?i)(.+?)[-._](?:AS|DT|OT|IT)\d*")
+_NEIGHBOUR = re.compile(r"(?i)(.+?)(?:[-._](?:AS|DT|OT|IT)\d*|OT\d+)")
 _OPPOSITE_STRAND = re.compile(r"(.*[a-z].*?)os\d*")
 _IDENTIFIER = r"ENS[A-Z]*G\d+(?:\.\d+)?"
 

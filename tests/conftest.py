@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 from scipy.sparse import csr_matrix
+
+# A busy machine is slow, not wrong.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 REAL_FILES = ("perturbench_devel.h5ad", "papalexi2021_thp1_303genes.h5ad")
 

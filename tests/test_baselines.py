@@ -388,6 +388,15 @@ def seen(prepared, index):
     return np.hstack([log1p(some, 10_000).toarray(), depth(some)])
 
 
+def test_a_threshold_in_half_the_bits_parts_the_same_values():
+    exact = np.random.default_rng(0).uniform(-3, 9, 2000)
+    near = exact.astype(np.float32)
+    rounded = trees._rounded_down(exact)
+    assert rounded.dtype == np.float32 and (near > exact).any() and (near < exact).any()
+    for values in (near, np.nextafter(near, np.float32(99)), np.nextafter(near, np.float32(-99))):
+        np.testing.assert_array_equal(values <= rounded, values.astype(float) <= exact)
+
+
 def test_settings_of_trees_are_compared_on_few_and_the_chosen_forest_is_grown_in_full(fits, prepared):
     assert len(fits["extra_trees"].encoder.layers[0].roots) == 80 > trees._DRAFT_TREES
     assert fits["extra_trees"].chosen["n_trees"] == 80

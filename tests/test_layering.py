@@ -185,7 +185,12 @@ def test_imported_packages_are_declared():
     every = [*project["dependencies"], *groups["test"], *groups["dev"]]
     assert (
         undeclared(
-            [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("notebooks/*.py")], every
+            [
+                path
+                for folder in ("tests", "benchmarks", "notebooks", "docs")
+                for path in ROOT.glob(f"{folder}/*.py")
+            ],
+            every,
         )
         == {}
     )

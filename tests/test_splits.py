@@ -174,6 +174,15 @@ def test_a_split_keeps_copies_together_and_a_nearest_neighbour_finds_none(tmp_pa
     assert (loose[copied[0]] != loose[copied[1]]).any()
 
 
+@pytest.mark.parametrize("copies", [2, 3])
+def test_copies_do_not_drift_into_one_role(copies):
+    obs = cells([60 * copies] * 8)
+    groups = np.tile(np.arange(60 * 8), copies)
+    obs["condition"] = [f"G{i % 8}" for i in groups]
+    shares = make_split(obs, seed=0, groups=groups).roles.value_counts(normalize=True)
+    assert np.abs(shares[["train", "val", "query"]].to_numpy() - FRACTIONS).max() < 0.06
+
+
 def test_nearly_empty_cells_are_no_copies():
     obs = cells([6])
     counts = np.zeros((6, 5), np.float32)

@@ -39,6 +39,24 @@ def test_identifiers_of_columns_count():
 @pytest.mark.parametrize(
     ("target", "column"),
     [
+        ("GATA3", "GATA3-AS1"),
+        ("BSN", "BSN-DT"),
+        ("KCNQ1", "KCNQ1OT1"),
+        ("MDP1", "NEDD8-MDP1"),
+        ("NEDD8", "NEDD8-MDP1"),
+        ("CFAP44", "WDR52-AS1"),  # WDR52 is CFAP44's former symbol
+    ],
+)
+def test_known_transcripts_beside_a_target_are_masked_with_it(target, column):
+    assert RESOLVER.readings(column)
+    table, found = rows([target], [column, target])
+    assert list(found.columns[target]) == [0, 1]
+    assert table[target]["columns"] == [target] and table[target]["also_masked"] == [column]
+
+
+@pytest.mark.parametrize(
+    ("target", "column"),
+    [
         ("PRPF31", "RP11-228B15.4"),  # RP11 once was PRPF31
         ("KLF1", "KLF11"),
         ("KLF1", "KLF1P1"),
