@@ -157,6 +157,7 @@ def build_report(
             f"all and {len(missing)} unfinished; run `make report` or notebooks 03 and 05"
         )
     shared = {"missing": missing, "warnings": ["No check of the screen was run."]}
+    shared |= {"suspect": False, "confounded": False}
     if checks is not None:
         shared |= {"warnings": checks.warnings, "suspect": checks.suspect, "confounded": checks.confounded}
         shared["checks"] = checks.names
