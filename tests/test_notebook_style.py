@@ -147,9 +147,13 @@ def grids():
     }
 
 
+# Recipes that take too long for a grid of this project.
+IN_NO_GRID = {"runs": [{"notebook": "03_baselines", "recipes": ["boosted_trees"]}]}
+
+
 def test_each_key_of_a_recipe_is_a_parameter_of_the_notebook_that_gets_it():
     used = set()
-    for name, grid in grids().items():
+    for name, grid in {**grids(), "in no grid": IN_NO_GRID}.items():
         for block in grid["runs"]:
             declared = declared_parameters(ROOT / "notebooks" / f"{block['notebook']}.ipynb")
             assert set(block.get("vary", {})) <= set(declared)
