@@ -157,6 +157,7 @@ def build_report(
             f"all and {len(missing)} unfinished; run `make report` or notebooks 03 and 05"
         )
     shared = {"missing": missing, "warnings": ["No check of the screen was run."]}
+    shared |= {"suspect": False, "confounded": False}
     if checks is not None:
         shared |= {"warnings": checks.warnings, "suspect": checks.suspect, "confounded": checks.confounded}
         shared["checks"] = checks.names
@@ -221,16 +222,14 @@ def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
             {
                 "question": row.question,
                 "method": shown(row.encoder),
-                "exact_hit@1": f"{row.estimate:.3f}",
                 "against": f"{row.mask} instead of {row.against}"
                 if row.question == "mask"
                 else shown(row.against),
-                "has": f"{row.other:.3f}",
                 "at": readout_name(row.scoring, row.library),
+                "exact_hit@1": f"{row.estimate:.3f} against {row.other:.3f}",
                 "difference": difference(row),
                 "spread": spread(row.spread, row.n_repeats),
-                "p (Holm)": "" if pd.isna(row.p_holm) else f"{row.p_holm:.2g}",
-                "verdict": row.verdict,
+                "verdict": row.verdict + ("" if pd.isna(row.p_holm) else f", p = {row.p_holm:.2g}"),
                 "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
             }
             for row in rows.itertuples()

@@ -166,7 +166,7 @@ def null_table(report: Report) -> pd.DataFrame:
             "exact_hit@1, permuted labels": [with_interval(row) for row in found.itertuples()],
             "luck": [f"{value:.3f}" for value in found["luck"]],
             "verdict": found["verdict"],
-            "finds from, share of cells": [f"{value:.3f}" for value in found["detectable"]],
+            "finds leaks from": [f"{value:.3f}" for value in found["detectable"]],
         }
     )
 

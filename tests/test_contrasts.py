@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from perturbret.contenders import first_of, role_of
 from perturbret.contrasts import contrasts, verdict
 from perturbret.stats import holm, repeated_difference
 
@@ -56,6 +57,20 @@ def test_a_verdict_takes_p_interval_and_three_repeats():
     assert verdict(3, 0.01, np.nan, np.nan) == "no clear difference"
     assert verdict(2, 0.001, 0.02, 0.05) == "not judged: 2 repeats"
     assert verdict(1, np.nan, 0.02, 0.05) == "not judged: 1 repeat"
+
+
+def test_only_what_reads_expression_under_the_mask_can_be_first():
+    assert [role_of(name, "all_targets") for name in ("batch", "library_size", "prior", "lda")] == [
+        *["nuisance"] * 3, "simple"
+    ]  # fmt: skip
+    assert (role_of("obsm:X", "all_targets"), role_of("obsm:X", "none")) == ("precomputed", "simple")
+    roles = {"batch": "nuisance", "scgpt_head": "tuned", "lda": "simple", "bayes_ceiling": "ceiling"}
+    readouts = pd.DataFrame(
+        [method(name, role, hit) for (name, role), hit in zip(roles.items(), (0.9, 0.5, 0.4, 1), strict=True)]
+    )
+    assert first_of(readouts, "all_targets", "simple", "tuned") == "scgpt_head"
+    assert first_of(readouts, "all_targets", "simple") == "lda"
+    assert first_of(readouts, "none", "simple") is None
 
 
 def test_the_baseline_contrast_is_the_paired_difference_of_the_repeats():

@@ -204,7 +204,7 @@ def test_the_smallest_leak_that_the_null_control_finds_is_said_beside_it(built):
     assert f"gives away the label of {own['detectable'].max():.1%} of the cells" in sentences.headline(built)
     table = tables.null_table(built).query("mask == 'all_targets' and method == 'pca'")
     worst = own.query("encoder == 'pca'")["detectable"].max()
-    assert table["finds from, share of cells"].tolist() == [f"{worst:.3f}"]
+    assert table["finds leaks from"].tolist() == [f"{worst:.3f}"]
 
 
 @pytest.mark.parametrize("flag", ["suspect", "confounded"])
