@@ -323,7 +323,8 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     z = 1.959964
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends of 0 and 1 are exact, and their sums are off by rounding.
+    return (max(0.0, centre - half) if share > 0 else 0.0), (min(1.0, centre + half) if share < 1 else 1.0)
 
 
 def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
