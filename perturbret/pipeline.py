@@ -272,7 +272,7 @@ def evaluate_run(
 
 
 def ensure_runs(screen: Screen, *, outputs: str = "") -> None:
-    """Where a dataset has no finished run under the leak-free mask yet, make two: PCA and logistic regression."""
+    """Where a dataset has no finished run under the mask of the headline yet, make two: PCA and logistic regression."""
     finished, _ = collect(outputs_root(outputs) / screen.name)
     if any(run.params["mask"] == LEAK_FREE for run in finished):
         return
