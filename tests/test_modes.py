@@ -128,7 +128,7 @@ def test_early_stopping_sees_what_evaluation_sees(fit, tiny_prepared):
 
 
 def test_tuning_the_network_learns(fit, tiny_prepared):
-    fitted = fit(mode="lora_head", epochs=12, patience=12)
+    fitted = fit(mode="lora_head", epochs=24, patience=24, pooling="mean", lr_backbone=0.003)
     assert fitted.history["val_exact_hit@1"].max() > 2 / len(tiny_prepared.candidates)
 
 
