@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from perturbret.atomic import replacing, write_json, write_text
+from perturbret.compare import ARENA
 from perturbret.pipeline import fit_code
 from perturbret.runs import TUNED, read_manifest
 
@@ -129,6 +130,8 @@ def _one(outputs: Path, values: set) -> str:
 
 
 def _markdown(table: pd.DataFrame) -> str:
+    # Where one track and one share of labels was run, every row says the same of them.
+    table = table.drop(columns=[name for name in ARENA if name in table and table[name].nunique() < 2])
     rows = [list(table.columns), ["---"] * table.shape[1], *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
