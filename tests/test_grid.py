@@ -179,10 +179,16 @@ def test_the_default_grid_fits_the_notebooks(name, runs):
     assert {run.parameters["seed"] for run in found.runs} == {0, 1, 2}
 
 
+def test_the_shorter_grid_is_part_of_the_default_one():
+    entry = load_registry()["thp1"]
+    whole, short = (load_grid(ROOT / "params" / f"{name}.yaml", entry) for name in ("ablation", "short"))
+    assert len(short.runs) == 57 and {run.name for run in short.runs} < {run.name for run in whole.runs}
+
+
 RECIPES = [
     path
     for path in sorted((ROOT / "params").glob("*.yaml"))
-    if path.stem not in ("datasets", "checkpoints", "references", "ablation")
+    if path.stem not in ("datasets", "checkpoints", "references", "ablation", "short")
 ]
 
 
