@@ -123,10 +123,7 @@ def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, not
         "data": data_stamp(entry, file),
         "python": sys.executable,
         "notebooks": os.path.relpath(notebooks, workdir),
-        "code": {
-            name: [os.path.relpath(path, workdir) for path in imported_files(notebooks / f"{name}.ipynb")]
-            for name in sorted(names)
-        },
+        "code": {name: _hash_of(imported_files(notebooks / f"{name}.ipynb")) for name in sorted(names)},
         "audit": dict(grid.audit),
         "vocab": dict(grid.vocab),
         "report": dict(grid.report),
@@ -163,6 +160,11 @@ def imported_files(notebook: Path) -> list[Path]:
     if not found:
         return []
     return sorted([*found, PACKAGE / "__init__.py", *data_files()])
+
+
+def _hash_of(files: list[Path]) -> str:
+    """Of hundreds of input files a job, Snakemake would ask the sizes each time that it looks for work."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def find_profile(name: str) -> Path:

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,11 @@ def test_lock_is_sorted_without_duplicates():
     names = [canonicalize_name(re.split("==", line)[0]) for line in lines]
     assert names == sorted(names)
     assert len(set(names)) == len(names)
+
+
+def test_every_package_of_the_lock_runs_on_any_python_311(lock):
+    asked = {canonicalize_name(d.metadata["Name"]): d.metadata["Requires-Python"] for d in distributions()}
+    assert [name for name in lock if not SpecifierSet(asked.get(name) or "").contains("3.11.0")] == []
 
 
 def test_lock_meets_every_declared_range(declared, lock):
