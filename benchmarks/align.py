@@ -21,9 +21,9 @@ DRAWN = 500
 
 
 def main() -> int:
-    from perturbret.align import align
-    from perturbret.chunks import ChunkedCounts
-    from perturbret.remap import remap
+    from perturbret.alignment.chunks import ChunkedCounts
+    from perturbret.alignment.panels import align
+    from perturbret.alignment.remapping import remap
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=1_000_000)

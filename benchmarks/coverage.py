@@ -1,6 +1,6 @@
 """How often 95% intervals of retrieval metrics hold the truth, and how often a difference is found where there is none.
 
-    python benchmarks/coverage.py [--repeats 500] [--candidates] [--screens 0] [--out perturbret/data/coverage.csv]
+    python benchmarks/coverage.py [--repeats 500] [--candidates] [--screens 0] [--out perturbret/resources/coverage.csv]
 
 Every repeat is a new retrieval screen: G conditions are drawn from one population, cells from the conditions, and each
 condition is a candidate for the query cells of all, so that hit rates hang on who else was drawn. The truth is the mean
@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit, ndtr, ndtri, stdtrit
 
-from perturbret.atomic import write_text
-from perturbret.stats import AVERAGES, cluster_bootstrap, paired_permutation_p
+from perturbret.evaluation.stats import AVERAGES, cluster_bootstrap, paired_permutation_p
+from perturbret.files.atomic import write_text
 
 CONDITIONS = (8, 15, 30, 60)
 # Median strength of a condition, and the standard deviation of log numbers of cells.
@@ -197,11 +197,11 @@ def alternatives(values, clusters, average: str, n_resamples: int, seed: int) ->
 
 def screen_scores(rng: np.random.Generator, n: int) -> tuple:
     """As `draw_scores`, of a simulated screen that goes through split, mask, encoder and evaluation of the package."""
-    from perturbret.baselines import fit_baseline
-    from perturbret.evaluate import evaluate
-    from perturbret.prepare import prepare
-    from perturbret.simulate import simulate_screen
-    from perturbret.splits import get_split
+    from perturbret.data.prepared import prepare
+    from perturbret.data.simulate import simulate_screen
+    from perturbret.data.splits import get_split
+    from perturbret.encoders.baselines import fit_baseline
+    from perturbret.evaluation.judge import evaluate
 
     doubles = 2 * n // 5
     screen = simulate_screen(
@@ -239,7 +239,7 @@ def screen_scores(rng: np.random.Generator, n: int) -> tuple:
 
 
 def packaged(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `perturbret.stats.measured_coverage`: mean and range over populations, metrics and quantities."""
+    """Rows of `measured_coverage`: mean and range over populations, metrics and quantities."""
     chosen = table[table["interval"] == "chosen"]
     chosen = chosen.assign(paired=chosen["quantity"] != QUANTITIES[0])
     groups = chosen.groupby(["n_conditions", "average", "paired"])

@@ -1,4 +1,4 @@
-"""Cells per second of `perturbret.model.embed` against the scgpt package, with the same weights on the same cells.
+"""Cells per second of `perturbret.scgpt.model.embed` against the scgpt package, same weights and cells.
 
     PERTURBRET_DATA=... python benchmarks/embed.py [--device cpu|cuda] [--precision float32|bfloat16] [--cells 6]
 
@@ -35,14 +35,13 @@ import anndata
 import numpy as np
 import torch
 
-from perturbret import embeddings
-from perturbret.binning import bin_values
-from perturbret.checkpoint import load_checkpoint, save_checkpoint
-from perturbret.model import embed
-from perturbret.network import ScGPT, Shape
-from perturbret.prepare import Cells
-from perturbret.tokens import like_batches, tokenize
-from perturbret.vocabulary import PAD, load_vocabulary, map_genes
+from perturbret.data.prepared import Cells
+from perturbret.scgpt import encoder as embeddings
+from perturbret.scgpt.checkpoint import load_checkpoint, save_checkpoint
+from perturbret.scgpt.model import embed
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.tokens import bin_values, like_batches, tokenize
+from perturbret.scgpt.vocabulary import PAD, load_vocabulary, map_genes
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOADS = {"PBMC": "pretrain/pbmc_10x_soupx.h5ad", "303-gene panel": "papalexi2021_thp1_303genes.h5ad"}

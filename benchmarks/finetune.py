@@ -9,7 +9,7 @@ panel of 303 genes, and 10x PBMC cut to 400 tokens. Contestants take turns (A B 
 seconds and of the ratios within a round, so that other work on the machine slows both alike. On a crowded machine the
 ratio of CPU seconds is the better guide.
 
-- `perturbret`: the network and the adapters that `perturbret.modes` trains.
+- `perturbret`: the network and the adapters that `perturbret.scgpt.modes` trains.
 - `peft on stock`: scgpt's own network (`torch.nn.TransformerEncoder`), adapters by peft on its `self_attn` (whose two
   projections peft's wrapper adapts together), `linear1` and `linear2`, cells padded to the longest of the batch as the
   official collator does. Dropout 0 on both sides, which peft asks for there.
@@ -34,15 +34,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from perturbret.adapters import TARGETS, add_lora, freeze, trainable
-from perturbret.heads import Head
-from perturbret.losses import classification
-from perturbret.model import Model, autocast, to_device
-from perturbret.network import ScGPT, Shape
-from perturbret.prepare import Cells
-from perturbret.tokens import Tokens, tokenize
-from perturbret.trunk import restrict
-from perturbret.vocabulary import PAD, Vocabulary, load_vocabulary, map_genes
+from perturbret.data.prepared import Cells
+from perturbret.scgpt.adapters import TARGETS, add_lora, freeze, trainable
+from perturbret.scgpt.checkpoint import restrict
+from perturbret.scgpt.model import Head, Model, autocast, to_device
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.tokens import Tokens, tokenize
+from perturbret.scgpt.training import classification
+from perturbret.scgpt.vocabulary import PAD, Vocabulary, load_vocabulary, map_genes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Cells of a batch for each of --cells, longest sequence.
@@ -104,7 +103,7 @@ def read_tokens(path: Path, n_cells: int, longest: int) -> tuple[Tokens, Vocabul
 
 
 class Stock(nn.Module):
-    """The official network with a classifier on `<cls>`, called as `perturbret.model.Model` is."""
+    """The official network with a classifier on `<cls>`, called as `perturbret.scgpt.model.Model` is."""
 
     def __init__(self, network: nn.Module, head: Head):
         super().__init__()

@@ -41,12 +41,12 @@ def main() -> int:
 
 def run(path: Path, folder: Path) -> None:
     """The steps of a user's run, timed."""
-    from perturbret.baselines import fit_baseline
-    from perturbret.datasets import load_screen
-    from perturbret.evaluate import evaluate
-    from perturbret.prepare import prepare
-    from perturbret.registry import make_entry
-    from perturbret.splits import get_split
+    from perturbret.data.datasets import load_screen
+    from perturbret.data.prepared import prepare
+    from perturbret.data.sources import make_entry
+    from perturbret.data.splits import get_split
+    from perturbret.encoders.baselines import fit_baseline
+    from perturbret.evaluation.judge import evaluate
 
     entry = make_entry(
         {"name": "large", "path": str(path), "condition_key": "condition", "control_label": "ctrl"}

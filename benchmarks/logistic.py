@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, vstack
 
-from perturbret.logistic import fit_logistic
+from perturbret.encoders.logistic import fit_logistic
 
 
 def simulate(n_cells, n_genes, n_classes, *, nonzero=409, effect=0.6, seed=0):
@@ -141,8 +141,8 @@ def run_minibatch(features, classes, n_classes, C, epochs=20, size=256):
 
 
 SOLVERS = {
-    "preconditioned": (run_preconditioned, {}, "perturbret.logistic"),
-    "preconditioned_1": (run_preconditioned, {"threads": 1}, "perturbret.logistic, 1 thread"),
+    "preconditioned": (run_preconditioned, {}, "perturbret.encoders.logistic"),
+    "preconditioned_1": (run_preconditioned, {"threads": 1}, "perturbret.encoders.logistic, 1 thread"),
     "scipy_lbfgs": (run_lbfgs, {"engine": "scipy"}, "L-BFGS-B, scipy products, 60 iterations"),
     "torch_lbfgs": (run_lbfgs, {"engine": "torch"}, "L-BFGS-B, torch MKL CSR products, 60 iterations"),
     "sklearn_lbfgs": (

@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from perturbret.library import build_library
-from perturbret.metrics import per_query, relevance
-from perturbret.nulls import luck_p_values
-from perturbret.retrieval import score_library
-from perturbret.whitening import choose_shrinkage, whitener
+from perturbret.evaluation.metrics import per_query, relevance
+from perturbret.evaluation.nulls import luck_p_values
+from perturbret.evaluation.retrieval import build_library, score_library
+from perturbret.evaluation.whitening import choose_shrinkage, whitener
 
 
 def main() -> None:

@@ -18,20 +18,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from perturbret import model as model_module
-from perturbret.adapters import trainable
-from perturbret.datasets import load_screen
-from perturbret.dropout import Dropout
-from perturbret.losses import classification
-from perturbret.model import to_device
-from perturbret.optimise import make_optimiser
-from perturbret.prepare import prepare
-from perturbret.pretrained import find_checkpoint
-from perturbret.scgpt import build_model
-from perturbret.settings import read_settings
-from perturbret.splits import get_split
-from perturbret.tokens import tokenize
-from perturbret.trunk import make_trunk
+from perturbret.data.datasets import load_screen
+from perturbret.data.prepared import prepare
+from perturbret.data.sources import find_checkpoint
+from perturbret.data.splits import get_split
+from perturbret.scgpt import model as model_module
+from perturbret.scgpt.adapters import trainable
+from perturbret.scgpt.checkpoint import make_trunk
+from perturbret.scgpt.encoder import build_model
+from perturbret.scgpt.model import to_device
+from perturbret.scgpt.network import Dropout
+from perturbret.scgpt.settings import read_settings
+from perturbret.scgpt.tokens import tokenize
+from perturbret.scgpt.training import classification, make_optimiser
 
 FILE = "papalexi2021_thp1_303genes.h5ad"
 N_CLASSES = 25

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturbret.atomic import replacing, write_json, write_text
-from perturbret.compare import ARENA
-from perturbret.pipeline import fit_code
-from perturbret.runs import TUNED, read_manifest
+from perturbret.files.atomic import replacing, write_json, write_text
+from perturbret.report.compare import ARENA
+from perturbret.runs.pipeline import fit_code
+from perturbret.runs.runs import TUNED, read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "docs" / "results", ROOT / "README.md"

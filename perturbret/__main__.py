@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .execute import NotebookFailed, execute
-from .parameters import ParameterError, declared_parameters, load_parameters, load_yaml, parse_text
+from .workflow.execution import NotebookFailed, execute
+from .workflow.parameters import ParameterError, declared_parameters, load_parameters, load_yaml, parse_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def _execute(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .workflow import run_report
+    from .workflow.snakemake import run_report
 
     place = {} if options.notebooks is None else {"notebooks": options.notebooks}
     return run_report(

@@ -8,16 +8,14 @@ import pytest
 import torch
 import toy
 
-from perturbret import modes
-from perturbret.adapt import adapt_trunk
-from perturbret.corpus import Part
-from perturbret.decoders import Decoders
-from perturbret.encoders import load_encoder, without_cache
-from perturbret.masked_values import draw_batch, losses
-from perturbret.modes import fit_scgpt
-from perturbret.network import ScGPT, Shape, fingerprint
-from perturbret.prepare import UNLABELLED
-from perturbret.trunk import make_trunk
+from perturbret.data.prepared import UNLABELLED
+from perturbret.encoders.base import load_encoder, without_cache
+from perturbret.scgpt import modes
+from perturbret.scgpt.checkpoint import make_trunk
+from perturbret.scgpt.corpus import Part
+from perturbret.scgpt.modes import fit_scgpt
+from perturbret.scgpt.network import ScGPT, Shape, fingerprint
+from perturbret.scgpt.pretraining import Decoders, adapt_trunk, draw_batch, losses
 
 STEPS = 6
 

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from perturbret.adapters import TARGETS, add_lora, freeze, is_adapter, merge_lora, trainable, unfreeze_last
-from perturbret.network import ScGPT, Shape
-from perturbret.settings import LORA_TARGETS
+from perturbret.scgpt.adapters import (
+    TARGETS,
+    add_lora,
+    freeze,
+    is_adapter,
+    merge_lora,
+    trainable,
+    unfreeze_last,
+)
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.settings import LORA_TARGETS
 
 OPTIONS = {"targets": tuple(TARGETS), "layers": (), "rank": 2, "alpha": 4.0, "dropout": 0.0}
 PAD = 20

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array, csr_matrix
 
-from perturbret.align import align, align_screen
-from perturbret.chunks import ChunkedCounts
-from perturbret.gene_space_file import write_gene_space
-from perturbret.genes import SymbolResolver
-from perturbret.remap import remap, verify_alignment
-from perturbret.screen import Screen
-from perturbret.simulate import simulate_screen
-from perturbret.splits import make_split
+from perturbret.alignment.chunks import ChunkedCounts
+from perturbret.alignment.gene_space import write_gene_space
+from perturbret.alignment.panels import align, align_screen
+from perturbret.alignment.remapping import remap, verify_alignment
+from perturbret.data.genes import SymbolResolver
+from perturbret.data.screen import Screen
+from perturbret.data.simulate import simulate_screen
+from perturbret.data.splits import make_split
 
 RESOLVER = SymbolResolver([("NEW1", "ENSG00000000001", ("OLD1",), ()), ("NEW2", "", ("OLD2",), ())])
 
@@ -299,7 +299,7 @@ def test_seurat_v3_with_datasets_as_batches():
 
 
 def test_what_the_page_says_of_it():
-    from perturbret.tables import gene_space_lines, gene_space_table
+    from perturbret.report.tables import gene_space_lines, gene_space_table
 
     screen, other = draw("screen", ["OLD1", "x", "own"]), draw("b", ["x", "NEW1"], seed=1)
     space = quiet([screen, other], screen="screen", perturbed=["own"], n=10)

@@ -7,7 +7,15 @@ import types
 
 import pytest
 
-from perturbret.atomic import DiskFull, disk_full, no_space, replacing, reporting_full, write_json, write_text
+from perturbret.files.atomic import (
+    DiskFull,
+    disk_full,
+    no_space,
+    replacing,
+    reporting_full,
+    write_json,
+    write_text,
+)
 
 
 def names(directory):

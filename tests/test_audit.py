@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret import audit
-from perturbret.conditions import CTRL
-from perturbret.screen import Screen
-from perturbret.simulate import simulate_screen
+from perturbret.data.conditions import CTRL
+from perturbret.data.screen import Screen
+from perturbret.data.simulate import simulate_screen
+from perturbret.report import audit
 
 GENES = np.array(["KLF1", "GATA1", "ACTB"])
 

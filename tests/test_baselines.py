@@ -10,17 +10,17 @@ import yaml
 from scipy.sparse import csr_matrix
 from toy import reordered, toy_cells
 
-from perturbret import linear, methods, mlp, references, trees
-from perturbret.baselines import KINDS, SEARCH, fit_baseline
-from perturbret.conditions import CTRL
-from perturbret.datasets import load_screen
-from perturbret.encoders import Average, load_encoder
-from perturbret.evaluate import evaluate, null_control
-from perturbret.features import depth, log1p
-from perturbret.nulls import permute_conditions
-from perturbret.prepare import prepare
-from perturbret.simulate import simulate_screen
-from perturbret.splits import make_split
+from perturbret.data.conditions import CTRL
+from perturbret.data.datasets import load_screen
+from perturbret.data.prepared import prepare
+from perturbret.data.simulate import simulate_screen
+from perturbret.data.splits import make_split
+from perturbret.encoders import linear, methods, mlp, trees
+from perturbret.encoders import trivial as references
+from perturbret.encoders.base import Average, depth, load_encoder, log1p
+from perturbret.encoders.baselines import KINDS, SEARCH, fit_baseline
+from perturbret.evaluation.judge import evaluate, null_control
+from perturbret.evaluation.nulls import permute_conditions
 
 FITTED = [kind for kind in SEARCH if kind != "obsm"] + ["obsm:X_a"]
 STRONG = ["lda_low_rank", "knn", "naive_bayes", "mlp_x5", "extra_trees", "boosted_trees", "average"]
@@ -494,7 +494,9 @@ def test_an_average_is_the_mean_of_its_members_probabilities_and_tells_what_was_
 
 
 def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="method: 'pca' is registered already, by perturbret.linear"):
+    with pytest.raises(
+        ValueError, match="method: 'pca' is registered already, by perturbret.encoders.linear"
+    ):
         methods.method("pca")(lambda training, grid: iter(()))
     assert methods.METHODS["pca"].fit is linear.fit_pca
 

@@ -9,20 +9,20 @@ from scipy.sparse import csr_matrix
 from scipy.special import logsumexp, softmax
 from scipy.stats import nbinom
 
-from perturbret.bayes import (
+from perturbret.data.conditions import CTRL, targets
+from perturbret.data.masking import POLICIES, mask_counts, mask_totals
+from perturbret.data.prepared import Cells, prepare
+from perturbret.data.simulate import Truth, simulate_screen
+from perturbret.data.splits import make_split
+from perturbret.encoders.base import load_encoder
+from perturbret.encoders.bayes import (
     bayes_log_posterior,
     expected_hits,
     fit_bayes,
-    load_bayes,
+    load,
     pooled_log_posterior,
 )
-from perturbret.conditions import CTRL, targets
-from perturbret.encoders import load_encoder
-from perturbret.masking import POLICIES, mask_counts, mask_totals
-from perturbret.prepare import Cells, prepare
-from perturbret.scoring import score_queries
-from perturbret.simulate import Truth, simulate_screen
-from perturbret.splits import make_split
+from perturbret.evaluation.scoring import score_queries
 
 
 def truth_of(means, changes, *, prior, unresponsive=0.0, dispersion=1e-9, genes=None):
@@ -373,7 +373,7 @@ def test_save_and_load_are_exact(screen, tmp_path):
 def test_load_refuses_another_format(tmp_path):
     (tmp_path / "encoder.json").write_text('{"format": "linear"}')
     with pytest.raises(ValueError, match="expected format 'bayes', got 'linear'"):
-        load_bayes(tmp_path)
+        load(tmp_path)
 
 
 def test_pooled_cells_by_hand():

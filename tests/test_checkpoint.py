@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from scgpt_oracle import official_model, scgpt
 from scipy.sparse import csr_matrix
 
-from perturbret.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from perturbret.model import embed
-from perturbret.network import ScGPT, Shape, fingerprint
-from perturbret.prepare import Cells
-from perturbret.tokens import tokenize
-from perturbret.vocabulary import load_vocabulary
+from perturbret.data.prepared import Cells
+from perturbret.scgpt.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from perturbret.scgpt.model import embed
+from perturbret.scgpt.network import ScGPT, Shape, fingerprint
+from perturbret.scgpt.tokens import tokenize
+from perturbret.scgpt.vocabulary import load_vocabulary
 
 # As in the whole-human checkpoint, which holds the settings of its training beside them.
 ARGS = {

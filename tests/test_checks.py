@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret.checks import check_screen
-from perturbret.simulate import simulate_screen
+from perturbret.data.simulate import simulate_screen
+from perturbret.report.audit import check_screen
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,17 @@ import pandas as pd
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix, vstack
 
-from perturbret.chunks import ChunkedCounts, chunked_anndata, chunked_h5ad, chunked_in_space, chunked_screen
-from perturbret.counts import CountsError
-from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
-from perturbret.simulate import simulate_screen
-from perturbret.splits import make_split
+from perturbret.alignment.chunks import (
+    ChunkedCounts,
+    chunked_anndata,
+    chunked_h5ad,
+    chunked_in_space,
+    chunked_screen,
+)
+from perturbret.alignment.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
+from perturbret.data.counts import CountsError
+from perturbret.data.simulate import simulate_screen
+from perturbret.data.splits import make_split
 
 COUNTS = np.random.default_rng(0).poisson(0.7, (25, 6)).astype(np.float32)
 IDS = [f"ENSG0000000000{i}.3" for i in range(6)]

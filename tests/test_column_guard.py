@@ -6,11 +6,11 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import matthews_corrcoef
 from toy import toy_cells
 
-from perturbret.column_guard import THRESHOLD, _phi, guard_columns, guard_findings, suspect
-from perturbret.datasets import load_screen
-from perturbret.prepare import prepare
-from perturbret.simulate import simulate_screen
-from perturbret.splits import make_split
+from perturbret.data.datasets import load_screen
+from perturbret.data.prepared import prepare
+from perturbret.data.simulate import simulate_screen
+from perturbret.data.splits import make_split
+from perturbret.evaluation.column_guard import THRESHOLD, _phi, guard_columns, guard_findings, suspect
 
 
 def columns(
@@ -162,7 +162,7 @@ def test_few_conditions_or_permutations_are_refused():
 
 
 def test_blocks_of_columns_do_not_show(monkeypatch):
-    import perturbret.column_guard as module
+    from perturbret.evaluation import column_guard as module
 
     prepared = columns()
     whole = guard_columns(prepared)

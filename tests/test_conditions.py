@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbret.conditions import (
+from perturbret.data.conditions import (
     CTRL,
     canonical_condition,
     canonical_conditions,

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from toy import toy_cells
 
-from perturbret.confounding import LIFT, confounding
-from perturbret.datasets import load_screen
-from perturbret.prepare import prepare
-from perturbret.splits import make_split
+from perturbret.data.datasets import load_screen
+from perturbret.data.prepared import prepare
+from perturbret.data.splits import make_split
+from perturbret.evaluation.confounders import LIFT, confounding
 
 
 def cells(n_conditions, n_cells, batch_of, *, depth=lambda labels, rng: np.full(len(labels), 20), seed=0):

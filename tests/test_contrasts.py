@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbret.contenders import first_of, role_of
-from perturbret.contrasts import contrasts, verdict
-from perturbret.stats import holm, repeated_difference
+from perturbret.evaluation.stats import holm, repeated_difference
+from perturbret.report.compare import contrasts, first_of, role_of, verdict
 
 BOTH = {("classifier", "none"), ("whitened", "mean")}
 

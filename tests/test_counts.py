@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from perturbret.counts import CountsError, check_counts, recover
+from perturbret.data.counts import CountsError, check_counts, recover
 
 CELLS = np.array([f"cell{i}" for i in range(40)])
 GENES = np.array([f"G{i}" for i in range(40)])
@@ -254,7 +254,7 @@ def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     totals = np.maximum(counts.sum(1), 1)
     values = csr_matrix(lognormalised(counts, totals))
     whole = recover(values, totals=totals)
-    monkeypatch.setattr("perturbret.counts._ROWS", 4)
+    monkeypatch.setattr("perturbret.data.counts._ROWS", 4)
     parts = recover(values, totals=totals)
     np.testing.assert_array_equal(whole.counts.toarray(), counts)
     np.testing.assert_array_equal(parts.counts.toarray(), counts)

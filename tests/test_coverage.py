@@ -5,13 +5,19 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret import coverage
-from perturbret.conditions import CTRL
-from perturbret.coverage import findings, highly_variable, mapped_genes, measure_coverage, write_coverage
-from perturbret.datasets import load_screen
-from perturbret.genes import SymbolResolver
-from perturbret.screen import Screen
-from perturbret.vocabulary import SPECIALS, Vocabulary, load_vocabulary
+from perturbret.data.conditions import CTRL
+from perturbret.data.datasets import load_screen
+from perturbret.data.genes import SymbolResolver
+from perturbret.data.screen import Screen
+from perturbret.report import coverage
+from perturbret.report.coverage import (
+    findings,
+    highly_variable,
+    mapped_genes,
+    measure_coverage,
+    write_coverage,
+)
+from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary, load_vocabulary
 
 RESOLVER = SymbolResolver(
     [
@@ -184,7 +190,7 @@ def test_tables_are_written_and_read_back(covered, tmp_path):
 
 
 def test_the_table_of_the_page_says_before_and_after(covered):
-    from perturbret.tables import coverage_table
+    from perturbret.report.tables import coverage_table
 
     shown = coverage_table(covered.summary)
     assert shown.loc["all genes"].tolist() == ["1 → 3 of 5", "20.0% → 60.0%", "60.0% → 74.0%", "100"]
@@ -193,7 +199,7 @@ def test_the_table_of_the_page_says_before_and_after(covered):
 
 
 def test_the_figure_shows_both_shares_of_each_set(covered):
-    from perturbret.figures import vocab_coverage
+    from perturbret.report.figures import vocab_coverage
 
     figure = vocab_coverage(covered.summary, warn_below=0.95)
     for axis, kind in zip(figure.axes, ("share", "umi_share"), strict=True):

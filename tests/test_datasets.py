@@ -9,16 +9,15 @@ import pytest
 from anndata.io import write_elem
 from scipy.sparse import csc_matrix, csr_array, csr_matrix
 
-from perturbret import datasets
-from perturbret.annotations import ScreenError
-from perturbret.atomic import DiskFull
-from perturbret.conditions import CTRL
-from perturbret.counts import CountsError
-from perturbret.datasets import load_screen, resolve_dataset, screen_from_anndata
-from perturbret.download import ChecksumError
-from perturbret.fetch import DataNotFound
-from perturbret.registry import EntryError, UnknownDataset, load_registry, make_entry
-from perturbret.runs import outputs_root
+from perturbret.data import datasets
+from perturbret.data.annotations import ScreenError
+from perturbret.data.conditions import CTRL
+from perturbret.data.counts import CountsError
+from perturbret.data.datasets import load_screen, resolve_dataset, screen_from_anndata
+from perturbret.data.sources import DataNotFound, EntryError, UnknownDataset, load_registry, make_entry
+from perturbret.files.atomic import DiskFull
+from perturbret.files.downloads import ChecksumError
+from perturbret.runs.runs import outputs_root
 
 
 def entry(**keys):
@@ -91,7 +90,7 @@ def test_blocks_of_rows_make_no_difference(small_adata, on_disk, monkeypatch):
     conditions = np.array(["KLF1", "BAK1", "ctrl", "other"] * 20)
     adata = small_adata(conditions=conditions, obs={"part": np.where(conditions == "other", "b", "a")})
     whole = loaded(adata, subset={"part": "a"})
-    monkeypatch.setattr("perturbret.h5ad._ROWS", 7)
+    monkeypatch.setattr("perturbret.data.h5ad._ROWS", 7)
     for x in (adata.X, adata.X.toarray(), adata.X.tocsc()):
         parts = load_screen(
             on_disk(
@@ -353,7 +352,7 @@ def test_values_that_are_no_counts(small_adata, on_disk, kind, value, said):
 
 
 def test_the_named_cell_is_the_right_one_behind_a_subset_and_blocks(small_adata, monkeypatch):
-    monkeypatch.setattr("perturbret.h5ad._ROWS", 8)
+    monkeypatch.setattr("perturbret.data.h5ad._ROWS", 8)
     x = small_adata().X.toarray()
     x[43, 2] = -1
     part = np.where(np.arange(60) % 2, "b", "a")
@@ -731,6 +730,6 @@ def test_a_full_disk_is_no_reason_for_simulated_cells(monkeypatch, tmp_path):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("perturbret.fetch.download", full)
+    monkeypatch.setattr("perturbret.data.sources.download", full)
     with pytest.raises(DiskFull, match="No space left on device"):
         resolve_dataset("auto", registry=without_real(monkeypatch, "http://localhost:1/x.h5ad", tmp_path))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perturbret.dropout import Dropout
+from perturbret.scgpt.network import Dropout
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.9999])

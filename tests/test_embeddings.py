@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from perturbret import embeddings
-from perturbret.embeddings import cached_embed, embedding_key
-from perturbret.model import embed
-from perturbret.network import ScGPT, Shape
-from perturbret.tokens import Tokens
+from perturbret.scgpt import encoder as embeddings
+from perturbret.scgpt.encoder import cached_embed, embedding_key
+from perturbret.scgpt.model import embed
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.tokens import Tokens
 
 SHAPE = Shape(103, 32, 4, 48, 2, 0.2, 100)
 

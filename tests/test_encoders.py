@@ -8,10 +8,10 @@ import pytest
 from scipy.sparse import csr_matrix
 from toy import toy_cells
 
-from perturbret import bayes, encoders
-from perturbret.encoders import Average, Encoder, Layer, load_encoder
-from perturbret.features import compute_features
-from perturbret.prepare import Cells, Context
+from perturbret.data.prepared import Cells, Context
+from perturbret.encoders import base as encoders
+from perturbret.encoders import bayes
+from perturbret.encoders.base import Average, Encoder, Layer, compute_features, load_encoder
 
 CONTEXT = Context("toy", "data", "in_dist-seed0", "split", "all_targets", 3, "genes")
 
@@ -211,7 +211,11 @@ def test_nothing_but_a_step_of_this_package_is_made_from_a_file(tmp_path):
     two_layers(np.random.default_rng(0)).save(tmp_path / "encoder")
     path = tmp_path / "encoder" / "encoder.json"
     saved = json.loads(path.read_text())
-    for module, name in (("os", "system"), ("perturbret.encoders", "Path"), ("perturbret.encoders", "gone")):
+    for module, name in (
+        ("os", "system"),
+        ("perturbret.encoders.base", "Path"),
+        ("perturbret.encoders.base", "gone"),
+    ):
         saved["layers"][0] |= {"module": module, "name": name}
         path.write_text(json.dumps(saved))
         with pytest.raises(ValueError, match=f"layers: expected steps of perturbret, got {module}.{name}"):

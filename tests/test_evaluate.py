@@ -6,14 +6,13 @@ import pytest
 from scipy.sparse import csr_matrix
 from toy import ToyEncoder, from_obsm, reordered, toy_cells, toy_screen
 
-from perturbret.conditions import CTRL
-from perturbret.evaluate import READOUT, evaluate, null_control, summarise, within_batch
-from perturbret.nulls import permute_conditions
-from perturbret.prepare import ContextMismatch, prepare
-from perturbret.queries import make_queries
-from perturbret.scoring import SCORINGS
-from perturbret.screen import Screen
-from perturbret.splits import make_split
+from perturbret.data.conditions import CTRL
+from perturbret.data.prepared import ContextMismatch, prepare
+from perturbret.data.screen import Screen
+from perturbret.data.splits import make_split
+from perturbret.evaluation.judge import READOUT, evaluate, null_control, summarise, within_batch
+from perturbret.evaluation.nulls import permute_conditions
+from perturbret.evaluation.scoring import SCORINGS, make_queries
 
 CONDITIONS = ("A", "A+B", "B", "C", "D", "E", "F", "G")
 SIZES = (1, 5, 10, 20)

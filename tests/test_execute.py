@@ -12,10 +12,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from perturbret import __version__
-from perturbret.atomic import DiskFull
-from perturbret.execute import NotebookFailed, execute
-from perturbret.html import external_requests
-from perturbret.parameters import ParameterError
+from perturbret.files.atomic import DiskFull
+from perturbret.workflow.execution import NotebookFailed, execute
+from perturbret.workflow.html import external_requests
+from perturbret.workflow.parameters import ParameterError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,7 +163,7 @@ def test_a_full_disk_is_an_event_of_its_own(toy, tmp_path, monkeypatch):
     def full(path, text):
         raise DiskFull(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("perturbret.execute.write_text", full)
+    monkeypatch.setattr("perturbret.workflow.execution.write_text", full)
     monkeypatch.setenv("PERTURBRET_EVENTS", str(tmp_path / "events"))
     with pytest.raises(DiskFull, match="No space left on device"):
         execute(toy("1"), tmp_path / "out" / "03_toy.ipynb")
@@ -214,7 +214,7 @@ def test_wrong_paths_are_refused(toy, tmp_path):
 def test_executing_leaves_this_process_able_to_import_everything(toy, tmp_path):
     # Imports that papermill does not need are held off while it is imported, and only then.
     code = (
-        "import sys; from perturbret.execute import execute; execute(sys.argv[1], sys.argv[2]); "
+        "import sys; from perturbret.workflow.execution import execute; execute(sys.argv[1], sys.argv[2]); "
         "import pyarrow.parquet; print('rfc3987_syntax' in sys.modules)"
     )
     words = [sys.executable, "-c", code, toy("1"), tmp_path / "out" / "a.ipynb"]

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import toy
 
-from perturbret.checkpoint import load_checkpoint
-from perturbret.pretraining import Plan
-from perturbret.splits import make_split
+from perturbret.data.splits import make_split
+from perturbret.scgpt.checkpoint import load_checkpoint
+from perturbret.scgpt.pretraining import Plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "experiments"
 

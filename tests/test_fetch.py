@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from perturbret.download import HDF5_SIGNATURE, ChecksumError, extract, sha256_of
-from perturbret.fetch import DataNotFound, cache_directory, data_directory, fetch, locate
-from perturbret.registry import make_entry
+from perturbret.data.sources import DataNotFound, cache_directory, data_directory, fetch, locate, make_entry
+from perturbret.files.downloads import HDF5_SIGNATURE, ChecksumError, extract, sha256_of
 
 CONTENT = HDF5_SIGNATURE + bytes(range(256)) * 50
 OTHER = HDF5_SIGNATURE + b"something else"

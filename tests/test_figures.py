@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbret import figures
+from perturbret.report import figures
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ import pytest
 import torch
 from toy import tiny_model, tiny_tokens
 
-from perturbret import finetune
-from perturbret.adapters import trainable
-from perturbret.finetune import COLLAPSED, TrainingFailed, Validation, spread, train
-from perturbret.model import embed_rows, run_lower
-from perturbret.optimise import n_epochs, schedule
-from perturbret.settings import Settings
+from perturbret.scgpt import training as finetune
+from perturbret.scgpt.adapters import trainable
+from perturbret.scgpt.model import embed_rows, run_lower
+from perturbret.scgpt.settings import Settings
+from perturbret.scgpt.training import COLLAPSED, TrainingFailed, Validation, n_epochs, schedule, spread, train
 
 TOKENS = tiny_tokens(80)
 INDEX = np.arange(64)

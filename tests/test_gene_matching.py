@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from perturbret.gene_matching import match_genes
-from perturbret.genes import SymbolResolver
+from perturbret.alignment.panels import match_genes
+from perturbret.data.genes import SymbolResolver
 
 # Approved symbol, Ensembl id, previous symbols, aliases. SHARED belongs to two genes.
 RESOLVER = SymbolResolver(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from toy import gene_space as space
 
-from perturbret.gene_space import (
+from perturbret.alignment.gene_space import (
     GeneSpace,
     GeneSpaceMismatch,
     check_gene_space,

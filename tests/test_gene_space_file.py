@@ -5,8 +5,7 @@ import json
 import pytest
 from toy import gene_space as space
 
-from perturbret.gene_space import GeneSpaceError
-from perturbret.gene_space_file import read_gene_space, write_gene_space
+from perturbret.alignment.gene_space import GeneSpaceError, read_gene_space, write_gene_space
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.sparse import coo_array, coo_matrix, csc_matrix, csr_array, csr_matrix
 
-from perturbret.gene_stats import GeneStats, pool_stats, stream_stats
-from perturbret.remap import indicator
+from perturbret.alignment.gene_stats import GeneStats, pool_stats, stream_stats
+from perturbret.alignment.remapping import indicator
 
 
 def draw(n_cells=300, n_genes=40, seed=0):

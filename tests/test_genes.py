@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from perturbret import genes
-from perturbret.genes import SymbolResolver, is_ensembl_id, read_table, rebuild, strip_version
+from perturbret.data import genes
+from perturbret.data.genes import SymbolResolver, is_ensembl_id, read_table, rebuild, strip_version
 
 # Approved symbol, Ensembl id, previous symbols, aliases. OLD and NICK belong to two genes.
 TABLE = [

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from perturbret.grid import GridError, load_grid
-from perturbret.parameters import ParameterError, check_parameters, declared_parameters, load_parameters
-from perturbret.registry import load_registry, make_entry
+from perturbret.data.sources import load_registry, make_entry
+from perturbret.workflow.grid import GridError, load_grid
+from perturbret.workflow.parameters import (
+    ParameterError,
+    check_parameters,
+    declared_parameters,
+    load_parameters,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = {
@@ -206,6 +211,6 @@ def test_whatever_varies_is_in_the_names_and_two_values_are_two_runs(grid):
     names = [run.name for run in found.runs]
     assert len(set(names)) == len(names) == 12 and names[0].startswith("a-none-seed0-rate=0.1-search=C_0.1_")
     assert all(len(name) < 120 and set(name).isdisjoint("/ '\"{}[]:,") for name in names)
-    # So that `perturbret.compare` knows the recipe of each.
+    # So that `perturbret.report.compare` knows the recipe of each.
     assert {name.partition("-none-seed0")[0] for name in names} == {"a"}
     assert [run.parameters["search"]["C"] for run in found.runs[:2]] == [[0.1], [1.0]]

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from perturbret.hashing import mix, name_seeds
+from perturbret.files.hashing import mix, name_seeds
 
 NAMES = [f"cell{i}" for i in range(2000)]
 
@@ -21,7 +21,7 @@ def test_numbers_depend_on_the_name_alone():
 
 def test_numbers_are_the_same_in_every_process_and_version():
     # Python's own hash of a text differs between processes; a change of these numbers changes held-out cells.
-    ask = "from perturbret.hashing import mix, name_seeds; print(*name_seeds(['a', 'ä']), *mix(name_seeds(['a'])))"
+    ask = "from perturbret.files.hashing import *; print(*name_seeds(['a', 'ä']), *mix(name_seeds(['a'])))"
     said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["4681665781835383343", "17315702723226345529", "1786339900719625571"]
 

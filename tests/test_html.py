@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from perturbret.html import SIMULATED, external_requests, index_page, missing_anchors, render
-from perturbret.index import write_index
+from perturbret.workflow.html import SIMULATED, external_requests, index_page, missing_anchors, render
+from perturbret.workflow.index import write_index
 
 PIXEL = base64.b64encode(b"\x89PNG not really").decode()
 MIME = "application/vnd.perturbret+json"

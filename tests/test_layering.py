@@ -1,6 +1,7 @@
-"""Imports of the package point one way: pure functions, data, evaluation, encoders, bookkeeping."""
+"""Rooms with one-way doors: what each may import, what it may need, and that its door opens."""
 
 import ast
+import importlib
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -14,100 +15,68 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "perturbret"
 
-# From the bottom up; a module imports from its own layer and those before it. Evaluation knows an encoder only by its
-# methods and stands below: encoders choose their settings through it.
-LAYERS = {
-    "pure": (
-        "atomic binning column_guard conditions confounding counts gene_columns gene_matching gene_space "
-        "gene_space_file gene_stats genes hashing labels library masking metrics nulls prepare queries remap retrieval "
-        "screen spelling splits stats target_matching whitening"
-    ),
-    "data": (
-        "align annotations chunks datasets download fetch h5ad ingest pretrained reference_cells registry simulate "
-        "vocabulary"
-    ),
-    "evaluation": "evaluate scoring",
-    "encoders": (
-        "adapt adapters average baselines batches bayes checkpoint corpus decoders dropout embeddings encoders "
-        "features finetune heads linear logistic losses masked_values methods mlp model modes monitor naive_bayes "
-        "neighbours network optimise pretraining proofs references scgpt settings spectrum tokens training trees "
-        "trunk validation"
-    ),
-    "bookkeeping": (
-        "__main__ audit checks compare contenders contrasts coverage execute figures grid html index parameters "
-        "pipeline pretraining_report pretraining_run progress provenance readouts report runs sentences shown "
-        "superseded tables training_report wording workflow"
-    ),
+# Room -> the rooms that it may import from. Evaluation and alignment are siblings and know nothing of one another.
+# Evaluation knows an encoder only by its methods and stands below: encoders choose their settings through it.
+DOORS = {
+    "files": "",
+    "data": "files",
+    "evaluation": "files data",
+    "alignment": "files data",
+    "encoders": "files data evaluation",
+    "scgpt": "files data evaluation alignment encoders",
+    "runs": "files data evaluation encoders scgpt",
+    "pretraining": "files data alignment scgpt runs",
+    "report": "files data evaluation alignment encoders scgpt runs pretraining",
+    "workflow": "files data runs",
 }
-PURE_IMPORTS = {"numpy", "pandas", "scipy", "pyarrow"}
-# Modules that hold a network; torch is slow to import and heavy, so that no other may need it.
-NETWORKS = {
-    "adapters",
-    "checkpoint",
-    "decoders",
-    "dropout",
-    "finetune",
-    "heads",
-    "losses",
-    "masked_values",
-    "model",
-    "modes",
-    "monitor",
-    "network",
-    "optimise",
-    "pretraining",
-    "pretraining_report",
-    "proofs",
-    "scgpt",
-    "trunk",
-}
+# torch is slow to import and heavy, so that nothing else may need it.
+NETWORKS = {"scgpt", "pretraining", "report.pretraining"}
+PURE = {"evaluation"}  # functions of arrays and tables
+PURE_IMPORTS = {"numpy", "pandas", "scipy", "lazy_loader"}
 
 
-def imports(source):
-    """Modules of the package, and top-level names of others, that a module's source imports anywhere."""
+def imports(source, name=""):
+    """(own, other): modules of the package, and top-level names of others, that a module's source imports anywhere.
+
+    name : dotted, within the package; empty for a file outside of it.
+    """
     own, other = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names = (
-                [f"perturbret.{node.module}"] if node.module else [f"perturbret.{a.name}" for a in node.names]
-            )
-        elif isinstance(node, ast.ImportFrom) and node.module == "perturbret":
-            names = [f"perturbret.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
+            base = ["perturbret", *name.split(".")][: -node.level] if node.level else []
+            base = ".".join([*base, *filter(None, [node.module])])
+            names = [f"{base}.{a.name}" for a in node.names] if base == "perturbret" else [base]
         else:
             continue
-        for name in names:
-            first, _, rest = name.partition(".")
+        for full in names:
+            first, _, rest = full.partition(".")
             if first == "perturbret":
-                own.add(rest.split(".")[0] or "__init__")
+                own.add(rest)
             elif first not in sys.stdlib_module_names:
                 other.add(first)
-    return own - {"__version__", "__init__"}, other
+    return own - {"", "__version__"}, other
 
 
 def violations(sources):
-    """Sentences on what breaks the layering among modules given as name -> source."""
-    level = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
-    layer_names = list(LAYERS)
-    found = [
-        f"{name}: in no layer of tests/test_layering.py" for name in sorted(sources) if name not in level
-    ]
-    graph = {}
+    """Sentences on what breaks the rules among modules given as dotted name -> source."""
+    found, graph = [], {}
     for name, source in sorted(sources.items()):
-        own, other = imports(source)
-        graph[name] = own
-        mine = level.get(name, len(layer_names) - 1)
+        own, other = imports(source, name)
+        room = name.partition(".")[0]
+        if room not in DOORS:
+            found.append(f"{name}: in no room of tests/test_layering.py")
+            continue
+        graph[name] = {target for target in own if target in sources and target != name}
         for target in sorted(own):
-            if level.get(target, mine) > mine:
-                layers = f"{layer_names[mine]} module imports from {layer_names[level[target]]}"
-                found.append(f"{name} -> {target}: {layers}")
-        if mine == 0 and other - PURE_IMPORTS:
-            found.append(f"{name}: pure module imports {', '.join(sorted(other - PURE_IMPORTS))}")
-        if "torch" in other and name not in NETWORKS:
-            found.append(f"{name}: imports torch and holds no network")
+            there = target.partition(".")[0]
+            if there != room and there not in DOORS[room].split():
+                found.append(f"{name} -> {target}: {room} has no door to {there}")
+        if room in PURE and other - PURE_IMPORTS:
+            found.append(f"{name}: {room} imports {', '.join(sorted(other - PURE_IMPORTS))}")
+        if "torch" in other and not {room, name} & NETWORKS:
+            found.append(f"{name}: imports torch, and {room} holds no network")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -117,7 +86,8 @@ def violations(sources):
 
 @pytest.fixture(scope="module")
 def sources():
-    return {path.stem: path.read_text() for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    names = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.glob("*/*.py")}
+    return {".".join(parts): path.read_text() for path, parts in names.items()}
 
 
 def test_imports_point_one_way(sources):
@@ -127,22 +97,21 @@ def test_imports_point_one_way(sources):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
+        ({"data.a": "from ..encoders.base import load_encoder"}, "data.a -> encoders.base: data has no door"),
+        ({"data.a": "def f():\n    from perturbret import report"}, "data.a -> report: data has no door"),
+        ({"evaluation.a": "from ..alignment import align"}, "evaluation.a -> alignment: evaluation has no"),
+        ({"alignment.a": "import perturbret.evaluation.stats"}, "alignment.a -> evaluation.stats: alignment"),
         (
-            {"masking": "from .encoders import load_encoder"},
-            "masking -> encoders: pure module imports from encoders",
-        ),
-        ({"masking": "def f():\n    from perturbret import report"}, "masking -> report: pure module"),
-        (
-            {"encoders": "import perturbret.runs"},
-            "encoders -> runs: encoders module imports from bookkeeping",
+            {"workflow.a": "from ..encoders import fit_baseline"},
+            "workflow.a -> encoders: workflow has no door",
         ),
         (
-            {"metrics": "def f():\n    from sklearn.metrics import ndcg_score"},
-            "metrics: pure module imports sklearn",
+            {"evaluation.a": "def f():\n    from sklearn.metrics import ndcg_score"},
+            "evaluation.a: evaluation imports sklearn",
         ),
-        ({"evaluate": "import torch.nn as nn"}, "evaluate: imports torch and holds no network"),
-        ({"runs": "from .report import a", "report": "from . import runs"}, "cycle: "),
-        ({"helpers": "import os"}, "helpers: in no layer"),
+        ({"encoders.a": "import torch.nn as nn"}, "encoders.a: imports torch, and encoders holds no network"),
+        ({"runs.a": "from .b import c", "runs.b": "from .a import d"}, "cycle: "),
+        ({"helpers.a": "import os"}, "helpers.a: in no room"),
     ],
 )
 def test_each_violation_is_seen(extra, said):
@@ -150,19 +119,22 @@ def test_each_violation_is_seen(extra, said):
     assert len(found) == 1 and found[0].startswith(said)
 
 
-def test_layers_name_no_module_twice():
-    names = " ".join(LAYERS.values()).split()
-    assert len(names) == len(set(names))
+@pytest.mark.parametrize("room", DOORS)
+def test_every_door_says_what_lives_there_and_opens(room):
+    """A name behind a door must not be a module's: which of the two one got would hang on what was imported before."""
+    door = importlib.import_module(f"perturbret.{room}")
+    assert 3 <= len(door.__doc__.strip().splitlines()) <= 7 and door.__all__
+    modules = {path.stem for path in (PACKAGE / room).glob("*.py")}
+    assert not modules & set(door.__all__)
+    for name in door.__all__:
+        assert getattr(door, name) is not None
 
 
-def test_package_is_flat():
-    assert [
-        path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()
-    ] == []
-
-
-def test_no_module_is_named_after_nothing(sources):
-    assert {"utils", "util", "helpers", "common", "misc", "core", "manager"} & set(sources) == set()
+def test_modules_live_in_rooms(sources):
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {path.parent.name for path in PACKAGE.rglob("*.py")} == {*DOORS, PACKAGE.name}
+    names = {name.rpartition(".")[2] for name in sources}
+    assert {"utils", "util", "helpers", "common", "misc", "core", "manager"} & names == set()
 
 
 def undeclared(files, requirements):
@@ -172,26 +144,20 @@ def undeclared(files, requirements):
     local = {path.stem for path in files} | {"perturbret"}
     found = {}
     for path in files:
-        for name in imports(path.read_text())[1] - local:
-            if not {canonicalize_name(d) for d in distributions.get(name, [name])} & declared:
-                found.setdefault(path.name, set()).add(name)
+        name = ".".join(path.parts[-2:]) if PACKAGE in path.parents else ""
+        for imported in imports(path.read_text(), name)[1] - local:
+            if not {canonicalize_name(d) for d in distributions.get(imported, [imported])} & declared:
+                found.setdefault(path.name, set()).add(imported)
     return found
 
 
 def test_imported_packages_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = project["optional-dependencies"]
-    assert undeclared(list(PACKAGE.glob("*.py")), project["dependencies"]) == {}
+    assert undeclared(list(PACKAGE.rglob("*.py")), project["dependencies"]) == {}
     every = [*project["dependencies"], *groups["test"], *groups["dev"]]
-    assert (
-        undeclared(
-            [
-                path
-                for folder in ("tests", "benchmarks", "notebooks", "docs")
-                for path in ROOT.glob(f"{folder}/*.py")
-            ],
-            every,
-        )
-        == {}
-    )
-    assert undeclared([PACKAGE / "stats.py"], ["pandas"]) == {"stats.py": {"numpy", "scipy"}}
+    outside = [
+        p for folder in ("tests", "benchmarks", "notebooks", "docs") for p in ROOT.glob(f"{folder}/*.py")
+    ]
+    assert undeclared(outside, every) == {}
+    assert undeclared([PACKAGE / "evaluation" / "stats.py"], ["pandas"]) == {"stats.py": {"numpy", "scipy"}}

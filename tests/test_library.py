@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from perturbret.library import Library, build_library
+from perturbret.evaluation.retrieval import Library, build_library
 
 CONDITIONS = np.array(["B", "A", "B", "A", "B", "C"])
 EMBEDDINGS = np.arange(12.0).reshape(6, 2) ** 2

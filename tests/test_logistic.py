@@ -5,9 +5,9 @@ import pytest
 from scipy.sparse import csc_matrix, csr_matrix
 from sklearn.linear_model import LogisticRegression
 
-from perturbret import logistic
-from perturbret.logistic import fit_logistic, preconditioner
-from perturbret.spectrum import spectrum
+from perturbret.encoders import logistic
+from perturbret.encoders.logistic import fit_logistic, preconditioner
+from perturbret.encoders.spectrum import spectrum
 
 N_CLASSES = 4
 

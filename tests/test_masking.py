@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.sparse import csr_matrix
 
-from perturbret.conditions import CTRL
-from perturbret.genes import SymbolResolver
-from perturbret.masking import POLICIES, UNSAFE, mask_counts, mask_totals, target_columns
+from perturbret.data.conditions import CTRL
+from perturbret.data.genes import SymbolResolver
+from perturbret.data.masking import POLICIES, UNSAFE, mask_counts, mask_totals, target_columns
 
 GENES = np.array(["A", "B", "C", "D", "E"])
 CONDITIONS = ["A", "A+B", "C", "UNMEASURED", CTRL]

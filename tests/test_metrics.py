@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from ir_measures import AP, RR, Success, nDCG
 from sklearn.metrics import ndcg_score, top_k_accuracy_score
 
-from perturbret import metrics
-from perturbret.metrics import (
+from perturbret.evaluation import metrics
+from perturbret.evaluation.metrics import (
     chance,
     coverage_accuracy,
     coverage_area,

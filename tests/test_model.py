@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from perturbret.adapters import add_lora, freeze
-from perturbret.heads import Head
-from perturbret.model import (
+from perturbret.scgpt.adapters import add_lora, freeze
+from perturbret.scgpt.checkpoint import make_trunk
+from perturbret.scgpt.model import (
+    Head,
     Hidden,
     Model,
     Rows,
@@ -18,8 +19,7 @@ from perturbret.model import (
     run_lower,
     to_device,
 )
-from perturbret.tokens import tokenize
-from perturbret.trunk import make_trunk
+from perturbret.scgpt.tokens import tokenize
 
 INDEX = np.array([5, 0, 33, 12, 7, 7, 90])
 
@@ -82,7 +82,7 @@ def test_parts_of_a_batch_give_what_the_whole_does(trunk, tokens, monkeypatch, s
 
     whole, gradient = outcome()
     sizes, inner = [], model._run
-    monkeypatch.setattr("perturbret.model.PART_TOKENS", 50)
+    monkeypatch.setattr("perturbret.scgpt.model.PART_TOKENS", 50)
     monkeypatch.setattr(model, "_run", lambda *part: sizes.append(part[0].shape[:2]) or inner(*part))
     parts, gradient_of_parts = outcome()
     assert len(sizes) > 5 and len({length for _, length in sizes}) > 3
@@ -164,7 +164,7 @@ def test_bfloat16_is_near_float32(trunk, tokens, start):
 
 def test_the_record_names_a_gpu(monkeypatch):
     assert device_name() == best_device().type or torch.cuda.is_available()
-    monkeypatch.setattr("perturbret.model.best_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr("perturbret.scgpt.model.best_device", lambda: torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     assert device_name() == "card 1"
 

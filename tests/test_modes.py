@@ -8,15 +8,15 @@ import pytest
 import torch
 import toy
 
-from perturbret import modes
-from perturbret.adapters import trainable
-from perturbret.encoders import load_encoder, without_cache
-from perturbret.model import embed
-from perturbret.modes import fit_scgpt
-from perturbret.network import ScGPT, fingerprint
-from perturbret.prepare import Prepared
-from perturbret.tokens import tokenize
-from perturbret.validation import best_readout
+from perturbret.data.prepared import Prepared
+from perturbret.encoders.base import load_encoder, without_cache
+from perturbret.evaluation.validation import best_readout
+from perturbret.scgpt import modes
+from perturbret.scgpt.adapters import trainable
+from perturbret.scgpt.model import embed
+from perturbret.scgpt.modes import fit_scgpt
+from perturbret.scgpt.network import ScGPT, fingerprint
+from perturbret.scgpt.tokens import tokenize
 
 TINY = {
     "head_depth": 1,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scgpt_oracle import official_model
 
-from perturbret.model import embed
-from perturbret.network import ScGPT, Shape, fingerprint
-from perturbret.tokens import Tokens
+from perturbret.scgpt.model import embed
+from perturbret.scgpt.network import ScGPT, Shape, fingerprint
+from perturbret.scgpt.tokens import Tokens
 
 # The official network's fused path, in every comparison.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

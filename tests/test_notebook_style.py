@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import yaml
 
-from perturbret.parameters import ParameterError, check_parameters, declared_parameters
+from perturbret.workflow.parameters import ParameterError, check_parameters, declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -91,7 +91,7 @@ def test_notebook_checks_its_parameters_first_and_shows_tables_that_escape(path)
     (place,) = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
     assert code[place + 1].source.startswith("check_given()\n")
     everything = "\n".join(cell.source for cell in code)
-    assert ".style" not in everything and "to_html" not in everything, "use perturbret.shown"
+    assert ".style" not in everything and "to_html" not in everything, "use perturbret.report.wording"
 
 
 def test_a_good_notebook_has_no_flaw(edited):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbret.nulls import (
+from perturbret.evaluation.nulls import (
     ALPHAS,
     _LuckMoments,
     detectable_in_family,
@@ -132,12 +132,12 @@ def test_ties_everywhere_and_labels_outside_the_candidates_are_no_evidence():
 
 
 def test_blocks_of_permutations_do_not_show(monkeypatch):
-    import perturbret.nulls
+    import perturbret.evaluation.nulls
 
     true = np.random.default_rng(0).integers(0, 4, 50)
     top = [one_hot(np.random.default_rng(1).integers(0, 4, 50), 4)]
     whole = luck_p_values(top, true, n_permutations=5000, seed=0)[0]
-    monkeypatch.setattr(perturbret.nulls, "_CHUNK", 120)
+    monkeypatch.setattr(perturbret.evaluation.nulls, "_CHUNK", 120)
     assert luck_p_values(top, true, n_permutations=5000, seed=0)[0] == pytest.approx(whole, abs=0.03)
 
 

@@ -11,12 +11,20 @@ import torch
 from accelerate import Accelerator
 from toy import run_two, tiny_model, tiny_tokens
 
-from perturbret.adapters import trainable
-from perturbret.batches import share
-from perturbret.finetune import Validation, train
-from perturbret.model import to_device
-from perturbret.optimise import joint_loss, make_optimiser, norms_by_part, part_of, rates, schedule
-from perturbret.settings import Settings
+from perturbret.scgpt.adapters import trainable
+from perturbret.scgpt.model import to_device
+from perturbret.scgpt.settings import Settings
+from perturbret.scgpt.training import (
+    Validation,
+    joint_loss,
+    make_optimiser,
+    norms_by_part,
+    part_of,
+    rates,
+    schedule,
+    share,
+    train,
+)
 
 LOSSES = ("classification", "contrastive", "both")
 LABELS = np.random.default_rng(5).integers(0, 4, 32)

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from perturbret.parameters import (
+from perturbret.workflow.parameters import (
     ParameterError,
     check_given,
     check_parameters,
@@ -166,7 +166,7 @@ def test_the_command_line_is_read_by_declared_type(name, text, value):
 def papermill_says(tmp_path):
     """Executes a small notebook by papermill itself; what its last cell printed, or the error's text."""
     cells = [
-        new_code_cell("from perturbret.parameters import check_given"),
+        new_code_cell("from perturbret.workflow.parameters import check_given"),
         new_code_cell("seed = 0\nflag = False\nsearch = {}\nrate = 0.5", metadata={"tags": ["parameters"]}),
         new_code_cell("check_given()\nprint(repr((seed, flag, search, rate)))"),
     ]

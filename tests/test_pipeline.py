@@ -12,14 +12,15 @@ import torch
 import toy
 from safetensors.torch import load_file, save_file
 
-from perturbret import pipeline, training_report
-from perturbret.compare import collect
-from perturbret.encoders import load_encoder
-from perturbret.model import device_name
-from perturbret.pipeline import evaluate_run, fit_code, fit_run
-from perturbret.prepare import UNLABELLED
-from perturbret.pretrained import CheckpointNotFound
-from perturbret.runs import RunExists, open_run, run_name
+from perturbret.data.prepared import UNLABELLED
+from perturbret.data.sources import CheckpointNotFound
+from perturbret.encoders.base import load_encoder
+from perturbret.report import training as training_report
+from perturbret.report.compare import collect
+from perturbret.runs import pipeline
+from perturbret.runs.pipeline import evaluate_run, fit_code, fit_run
+from perturbret.runs.runs import RunExists, open_run, run_name
+from perturbret.scgpt.model import device_name
 
 REQUEST = {"encoder": "scgpt", "mask": "all_targets", "seed": 0}
 HEAD = {"mode": "head", "epochs": 2, "head_dim": 8, "batch_size": 32, "lora_targets": ("Wqkv",)}
@@ -262,8 +263,9 @@ def test_settings_are_those_of_the_run_there_and_without_one_it_is_an_error(copi
 
 
 def test_embeddings_are_computed_once_where_there_is_a_cache(copied, tmp_path, monkeypatch):
-    from perturbret import embeddings, scgpt
-    from perturbret.encoders import without_cache
+    from perturbret.encoders.base import without_cache
+    from perturbret.scgpt import encoder as embeddings
+    from perturbret.scgpt import encoder as scgpt
 
     cells = copied.prepared.cells.take(np.arange(30))
     cached = load_encoder(copied.directory, cache=tmp_path / "cache")

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret.baselines import fit_baseline
-from perturbret.column_guard import guard_columns, guard_findings, suspect
-from perturbret.evaluate import evaluate, null_control
-from perturbret.nulls import permute_conditions
-from perturbret.prepare import prepare
-from perturbret.simulate import simulate_screen
-from perturbret.splits import get_split
+from perturbret.data.prepared import prepare
+from perturbret.data.simulate import simulate_screen
+from perturbret.data.splits import get_split
+from perturbret.encoders.baselines import fit_baseline
+from perturbret.evaluation.column_guard import guard_columns, guard_findings, suspect
+from perturbret.evaluation.judge import evaluate, null_control
+from perturbret.evaluation.nulls import permute_conditions
 
 
 @pytest.fixture(scope="module")

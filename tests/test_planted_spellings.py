@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret import audit
-from perturbret.annotations import ScreenError
-from perturbret.conditions import CTRL
-from perturbret.counts import CountsError
-from perturbret.datasets import screen_from_anndata
-from perturbret.genes import SymbolResolver
-from perturbret.masking import mask_counts
-from perturbret.registry import make_entry
-from perturbret.wording import plain
+from perturbret.data.annotations import ScreenError
+from perturbret.data.conditions import CTRL
+from perturbret.data.counts import CountsError
+from perturbret.data.datasets import screen_from_anndata
+from perturbret.data.genes import SymbolResolver
+from perturbret.data.masking import mask_counts
+from perturbret.data.sources import make_entry
+from perturbret.report import audit
+from perturbret.report.wording import plain
 
 TARGETS = ("HLA-A", "NKX2-1", "KLF1", "BAK1")
 OTHERS = "CEBPA IRF1 TP53 GATA1 MYC JUN FOS SPI1 RUNX1 TAL1 LMO2 ACTB GAPDH B2M MT-CO1 PTMA".split()

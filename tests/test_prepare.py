@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import toy
 
-from perturbret.conditions import CTRL
-from perturbret.pipeline import null_twin
-from perturbret.prepare import UNLABELLED, ContextMismatch, prepare
-from perturbret.splits import make_split
+from perturbret.data.conditions import CTRL
+from perturbret.data.prepared import UNLABELLED, ContextMismatch, prepare
+from perturbret.data.splits import make_split
+from perturbret.runs.pipeline import null_twin
 
 SHARES = (0.001, 0.1, 0.3, 0.5, 0.9)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from perturbret.download import ChecksumError
-from perturbret.pretrained import CheckpointNotFound, find_checkpoint, load_checkpoint_registry
-from perturbret.registry import EntryError
+from perturbret.data.sources import CheckpointNotFound, EntryError, find_checkpoint, load_checkpoint_registry
+from perturbret.files.downloads import ChecksumError
 
 FILES = {"args.json": b"{}", "vocab.json": b'{"<pad>": 0}', "best_model.pt": bytes(range(256))}
 SUMS = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
@@ -237,5 +236,5 @@ def test_the_registry_names_the_whole_human_checkpoint_exactly():
 
 
 def test_no_network_library_is_needed():
-    ask = "import sys, perturbret.pretrained; sys.exit('torch' in sys.modules)"
+    ask = "import sys, perturbret.data.sources; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", ask]).returncode == 0

@@ -10,27 +10,39 @@ import torch
 import toy
 from scipy.sparse import csr_matrix
 
-from perturbret import corpus as corpus_module
-from perturbret import pretraining, pretraining_run
-from perturbret.align import align_screen
-from perturbret.checkpoint import load_checkpoint
-from perturbret.chunks import ChunkedCounts
-from perturbret.corpus import choose_vocabulary, make_corpus
-from perturbret.decoders import Decoders
-from perturbret.fetch import DataNotFound
-from perturbret.finetune import TrainingFailed
-from perturbret.gene_space import GeneSpaceError, GeneSpaceMismatch
-from perturbret.gene_space_file import read_gene_space, write_gene_space
-from perturbret.masked_values import HIDDEN, PAD_VALUE, draw_batch, losses
-from perturbret.modes import fit_scgpt
-from perturbret.network import ScGPT, Shape
-from perturbret.prepare import prepare
-from perturbret.pretraining import PRESETS, Plan, pretrain, save_pretrained
-from perturbret.pretraining_run import open_pretraining, read_pretrained, run_pretraining, ship
-from perturbret.runs import RunExists
-from perturbret.splits import make_split
-from perturbret.trunk import make_trunk
-from perturbret.vocabulary import SPECIALS, Vocabulary, load_vocabulary
+from perturbret.alignment.chunks import ChunkedCounts
+from perturbret.alignment.gene_space import (
+    GeneSpaceError,
+    GeneSpaceMismatch,
+    read_gene_space,
+    write_gene_space,
+)
+from perturbret.alignment.panels import align_screen
+from perturbret.data.prepared import prepare
+from perturbret.data.sources import DataNotFound
+from perturbret.data.splits import make_split
+from perturbret.pretraining import run as pretraining_run
+from perturbret.pretraining.run import open_pretraining, read_pretrained, run_pretraining, ship
+from perturbret.runs.runs import RunExists
+from perturbret.scgpt import corpus as corpus_module
+from perturbret.scgpt import pretraining
+from perturbret.scgpt.checkpoint import load_checkpoint, make_trunk
+from perturbret.scgpt.corpus import choose_vocabulary, make_corpus
+from perturbret.scgpt.modes import fit_scgpt
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.pretraining import (
+    HIDDEN,
+    PAD_VALUE,
+    PRESETS,
+    Decoders,
+    Plan,
+    draw_batch,
+    losses,
+    pretrain,
+    save_pretrained,
+)
+from perturbret.scgpt.training import TrainingFailed
+from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary, load_vocabulary
 
 GENES = np.array([f"G{i}" for i in range(30)])
 PLAN = Plan(d_model=16, n_heads=2, d_hid=16, n_layers=1, steps=8, batch_cells=8, max_length=20, check_every=4)

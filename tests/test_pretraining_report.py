@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbret import pretraining_report
-from perturbret.corpus import Part
-from perturbret.pretraining_report import (
+from perturbret.report import pretraining as pretraining_report
+from perturbret.report.pretraining import (
     NEIGHBOURS,
     _scores,
     conclusion,
@@ -18,6 +17,7 @@ from perturbret.pretraining_report import (
     curves,
     labelled_cells,
 )
+from perturbret.scgpt.corpus import Part
 
 
 def test_labelled_cells_are_counts():

@@ -10,14 +10,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from toy import tiny_tokens
 
-from perturbret import proofs
-from perturbret.adapters import add_lora, freeze, merge_lora, trainable, unfreeze_last
-from perturbret.finetune import Outcome
-from perturbret.heads import Head
-from perturbret.model import Model
-from perturbret.network import ScGPT, Shape, fingerprint
-from perturbret.proofs import ProofFailed, prove
-from perturbret.settings import Settings
+from perturbret.scgpt import proofs
+from perturbret.scgpt.adapters import add_lora, freeze, merge_lora, trainable, unfreeze_last
+from perturbret.scgpt.model import Head, Model
+from perturbret.scgpt.network import ScGPT, Shape, fingerprint
+from perturbret.scgpt.proofs import ProofFailed, prove
+from perturbret.scgpt.settings import Settings
+from perturbret.scgpt.training import Outcome
 
 TOKENS = tiny_tokens(24)
 INDEX = np.arange(20)

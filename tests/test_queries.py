@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from toy import reordered, toy_cells, toy_screen
 
-from perturbret.queries import by_name, make_queries
+from perturbret.evaluation.scoring import by_name, make_queries
 
 
 @pytest.fixture

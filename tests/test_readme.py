@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from perturbret.grid import load_grid
-from perturbret.registry import read_entry
+from perturbret.data.sources import read_entry
+from perturbret.workflow.grid import load_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

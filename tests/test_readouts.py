@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbret.readouts import choose_readout, common_readout, primary_readout, read_validation
+from perturbret.evaluation.readouts import choose_readout, common_readout, primary_readout, read_validation
 
 
 def validation(hits, *, seeds=1):

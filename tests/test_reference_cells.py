@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret.download import ChecksumError
-from perturbret.fetch import DataNotFound
-from perturbret.reference_cells import load_references, read_references
-from perturbret.registry import EntryError
+from perturbret.alignment.reference_cells import load_references, read_references
+from perturbret.data.sources import DataNotFound, EntryError
+from perturbret.files.downloads import ChecksumError
 
 
 @pytest.fixture
@@ -90,8 +89,8 @@ def test_the_file_that_comes_with_the_project():
 
 
 def test_real_cells_of_two_symbol_generations_align_by_value(real_data):
-    from perturbret.align import align
-    from perturbret.remap import verify_alignment
+    from perturbret.alignment.panels import align
+    from perturbret.alignment.remapping import verify_alignment
 
     if not (real_data / "pretrain").is_dir():
         pytest.skip("PERTURBRET_DATA has no folder pretrain: no reference cells to test on")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from perturbret.registry import (
+from perturbret.data.sources import (
     Entry,
     EntryError,
     UnknownDataset,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix, random_array
 
-from perturbret.counts import CountsError
-from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
-from perturbret.genes import SymbolResolver
-from perturbret.remap import cached_remap, indicator, remap, verify_alignment
+from perturbret.alignment.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
+from perturbret.alignment.remapping import cached_remap, indicator, remap, verify_alignment
+from perturbret.data.counts import CountsError
+from perturbret.data.genes import SymbolResolver
 
 RESOLVER = SymbolResolver([("NEW", "", ("OLD",), ()), ("OTHER", "", (), ())])
 PANELS = {"a": np.array(["x", "OLD", "dup", "y", "dup"]), "b": np.array(["y", "NEW", "x"])}
@@ -225,7 +225,7 @@ class TestCache:
 
     def test_the_same_content_is_read_again(self, tmp_path, monkeypatch):
         first = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
-        monkeypatch.setattr("perturbret.remap.remap", None)
+        monkeypatch.setattr("perturbret.alignment.remapping.remap", None)
         again = cached_remap(COUNTS["a"].copy(), column_map("a"), genes=PANELS["a"], directory=tmp_path)
         assert (first != again).nnz == 0 and len(self.kept(tmp_path)) == 1
         integers = COUNTS["a"].astype(np.int16)

@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbret import compare, report, runs, sentences, tables
-from perturbret.encoders import load_encoder
-from perturbret.pipeline import ensure_runs, evaluate_run, fit_run
-from perturbret.prepare import ContextMismatch
-from perturbret.simulate import simulate_screen
-from perturbret.wording import percent
+from perturbret.data.prepared import ContextMismatch
+from perturbret.data.simulate import simulate_screen
+from perturbret.encoders.base import load_encoder
+from perturbret.report import ablation as report
+from perturbret.report import compare, sentences, tables
+from perturbret.report.ablation import ensure_runs
+from perturbret.report.wording import percent
+from perturbret.runs import runs
+from perturbret.runs.pipeline import evaluate_run, fit_run
 
 ENCODERS = ("prior", "pca", "logreg")
 SETTINGS = {
@@ -27,7 +30,7 @@ SETTINGS = {
 
 
 def checked(warnings=(), suspect=False, confounded=False):
-    """What `perturbret.checks.check_screen` says of a screen, as far as a report reads it."""
+    """What `perturbret.report.audit.check_screen` says of a screen, as far as a report reads it."""
     return SimpleNamespace(warnings=list(warnings), suspect=suspect, confounded=confounded, names=["copies"])
 
 
@@ -385,7 +388,7 @@ def test_an_evaluation_that_was_cut_short_does_not_count(screen, outputs, tmp_pa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("perturbret.pipeline.save_embeddings", stop)
+    monkeypatch.setattr("perturbret.runs.pipeline.save_embeddings", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, **SETTINGS)
     assert compare.collect(tmp_path / screen.name)[1] == ["pca-all_targets-seed0"]

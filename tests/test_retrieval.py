@@ -3,10 +3,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import perturbret.retrieval
-from perturbret.library import build_library
-from perturbret.metrics import per_query
-from perturbret.retrieval import (
+import perturbret.evaluation.retrieval
+from perturbret.evaluation.metrics import per_query
+from perturbret.evaluation.retrieval import (
+    build_library,
     class_scores,
     directions,
     match,
@@ -15,7 +15,7 @@ from perturbret.retrieval import (
     score_library,
     settle,
 )
-from perturbret.whitening import whitener
+from perturbret.evaluation.whitening import whitener
 
 KINDS = ("mean", "bootstrap", "raw_cell")
 
@@ -37,7 +37,7 @@ def cells():
 def test_score_is_the_best_cosine_with_the_prototypes_of_a_condition(
     cells, kind, scoring, block_bytes, monkeypatch
 ):
-    monkeypatch.setattr(perturbret.retrieval, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(perturbret.evaluation.retrieval, "_BLOCK_BYTES", block_bytes)
     train, labels, queries = cells
     library = build_library(train, labels, kind=kind, seed=0)
     whiten = whitener(train, labels)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perturbret import scgpt
-from perturbret.adapters import trainable
-from perturbret.encoders import load_encoder, without_cache
-from perturbret.network import fingerprint
-from perturbret.scgpt import ScGPTEncoder, build_model, load_scgpt
-from perturbret.settings import read_settings
-from perturbret.trunk import make_trunk
+from perturbret.encoders.base import load_encoder, without_cache
+from perturbret.scgpt import encoder as scgpt
+from perturbret.scgpt.adapters import trainable
+from perturbret.scgpt.checkpoint import make_trunk
+from perturbret.scgpt.encoder import ScGPTEncoder, build_model, load
+from perturbret.scgpt.network import fingerprint
+from perturbret.scgpt.settings import read_settings
 
 MODES = {
     "frozen": {"mode": "frozen"},
@@ -96,7 +96,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(make, tiny_prepared, tmp_path,
 def test_each_saved_tensor_matters(make, tiny_prepared, tmp_path):
     make(MODES["lora_head"]).save(tmp_path / "encoder")
     cells = tiny_prepared.cells.take(np.arange(10))
-    before = load_scgpt(tmp_path / "encoder")
+    before = load(tmp_path / "encoder")
     z = before.embed(cells)
     for file in ("member0.safetensors", "network.safetensors"):
         path = tmp_path / "encoder" / file
@@ -105,7 +105,7 @@ def test_each_saved_tensor_matters(make, tiny_prepared, tmp_path):
             # Not the same number everywhere: LayerNorm and softmax would take it out again.
             ramp = torch.linspace(0.1, 0.4, tensors[name].numel()).view(tensors[name].shape)
             save_file({**tensors, name: tensors[name] + ramp}, path)
-            changed = load_scgpt(tmp_path / "encoder")
+            changed = load(tmp_path / "encoder")
             if "classifier" in name:
                 assert np.abs(changed.log_proba(z) - before.log_proba(z)).max() > 1e-4, name
             else:
@@ -120,10 +120,10 @@ def test_odd_tensors_are_refused(make, tmp_path):
     gone = next(name for name in tensors if "lora_A" in name)
     save_file({name: t for name, t in tensors.items() if name != gone}, path)
     with pytest.raises(ValueError, match="expected the tensors of mode lora_head in member 0, odd: .*lora_A"):
-        load_scgpt(tmp_path / "encoder")
+        load(tmp_path / "encoder")
     save_file({**tensors, "more": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="odd: \\['more'\\]"):
-        load_scgpt(tmp_path / "encoder")
+        load(tmp_path / "encoder")
 
 
 def test_cells_of_another_panel_are_refused(make, tiny_prepared):

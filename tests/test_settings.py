@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from perturbret.settings import CHOICES, LIMITS, Settings, read_settings
+from perturbret.scgpt.settings import CHOICES, LIMITS, Settings, read_settings
 
 NUMBERS = [
     field.name

@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 import perturbret
-from perturbret.checkpoint import load_checkpoint
-from perturbret.pretrained import find_checkpoint, load_checkpoint_registry
-from perturbret.pretraining_run import export
-from perturbret.trunk import make_trunk
-from perturbret.vocabulary import NO_TOKEN, SPECIALS, load_vocabulary, map_genes
+from perturbret.data.sources import find_checkpoint, load_checkpoint_registry
+from perturbret.pretraining.run import export
+from perturbret.scgpt.checkpoint import load_checkpoint, make_trunk
+from perturbret.scgpt.vocabulary import NO_TOKEN, SPECIALS, load_vocabulary, map_genes
 
-PLACE = Path(perturbret.__file__).resolve().parent / "data" / "checkpoint_small"
+PLACE = Path(perturbret.__file__).resolve().parent / "resources" / "checkpoint_small"
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +83,7 @@ def test_the_model_card_names_the_input_that_the_network_wants(loaded):
 
 
 def test_it_knows_the_genes_of_a_real_screen(real_data, loaded):
-    from perturbret.datasets import load_screen
+    from perturbret.data.datasets import load_screen
 
     genes = load_screen("norman_subset").genes
     found = map_genes(genes, loaded.vocabulary).token_ids != NO_TOKEN

@@ -8,9 +8,8 @@ import pytest
 from nbconvert.filters import markdown2html
 from toy import tiny_screen
 
-from perturbret import audit
-from perturbret.shown import Shown, shown
-from perturbret.wording import plain
+from perturbret.report import audit
+from perturbret.report.wording import Shown, plain, shown
 
 BAD = "<b>5uM</b> & <NA>"
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import f_oneway, norm
 
-from perturbret.conditions import CTRL, canonical_condition, targets
-from perturbret.genes import SymbolResolver
-from perturbret.masking import POLICIES, mask_counts, mask_totals
-from perturbret.simulate import INTERACTIONS, SELF_EFFECTS, Truth, simulate_screen
+from perturbret.data.conditions import CTRL, canonical_condition, targets
+from perturbret.data.genes import SymbolResolver
+from perturbret.data.masking import POLICIES, mask_counts, mask_totals
+from perturbret.data.simulate import INTERACTIONS, SELF_EFFECTS, Truth, simulate_screen
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from perturbret import spectrum as module
-from perturbret.spectrum import gram, spectrum
+from perturbret.encoders import spectrum as module
+from perturbret.encoders.spectrum import gram, spectrum
 
 
 @pytest.fixture(scope="module")

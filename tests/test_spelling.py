@@ -1,7 +1,6 @@
 import pytest
 
-from perturbret.genes import SymbolResolver
-from perturbret.spelling import date_symbols, spellings, squashed, strip_guide, tidy, upper
+from perturbret.data.genes import SymbolResolver, date_symbols, spellings, squashed, strip_guide, tidy, upper
 
 RESOLVER = SymbolResolver.from_package()
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from perturbret.screen import Screen
-from perturbret.splits import FRACTIONS, Split, SplitMismatch, get_split, make_split
+from perturbret.data.screen import Screen
+from perturbret.data.splits import FRACTIONS, Split, SplitMismatch, get_split, make_split
 
 
 def cells(sizes, n_batches=0):

@@ -8,8 +8,8 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from perturbret import stats
-from perturbret.stats import (
+from perturbret.evaluation import stats
+from perturbret.evaluation.stats import (
     cluster_bootstrap,
     holm,
     paired_difference,
@@ -378,7 +378,7 @@ def test_coverage_is_that_of_the_next_lower_number_of_conditions():
 
 def test_the_documented_coverage_is_the_packaged_one(benchmark):
     root = Path(__file__).parents[1]
-    table = pd.read_csv(root / "perturbret" / "data" / "coverage.csv")
+    table = pd.read_csv(root / "perturbret" / "resources" / "coverage.csv")
     assert benchmark.markdown(table) in (root / "docs" / "method.md").read_text()
 
 

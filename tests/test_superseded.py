@@ -6,10 +6,10 @@ import os
 import pandas as pd
 import pytest
 
-from perturbret.index import write_index
-from perturbret.registry import make_entry
-from perturbret.superseded import other_data, read_record, supersede
-from perturbret.workflow import data_stamp
+from perturbret.data.sources import make_entry
+from perturbret.workflow.index import write_index
+from perturbret.workflow.snakemake import data_stamp
+from perturbret.workflow.superseded import other_data, read_record, supersede
 
 OLD, NEW = "a" * 64, "b" * 64
 ENTRY = make_entry({"name": "toy", "simulate": {}})
@@ -61,7 +61,7 @@ def data(monkeypatch):
         Data.loads += 1
         return Data
 
-    monkeypatch.setattr("perturbret.datasets.load_screen", load)
+    monkeypatch.setattr("perturbret.data.datasets.load_screen", load)
     return Data
 
 
@@ -95,7 +95,7 @@ def test_after_a_kill_at_any_step_the_next_call_goes_on(made, data, monkeypatch)
             left -= 1
             real(source, target)
 
-        monkeypatch.setattr("perturbret.superseded.os.replace", replace)
+        monkeypatch.setattr("perturbret.workflow.superseded.os.replace", replace)
         try:
             supersede(ENTRY, "stamp", made, say=lambda line: None)
             break
@@ -123,7 +123,7 @@ def test_data_that_cannot_be_loaded_move_nothing(made, monkeypatch):
     def refuse(entry):
         raise ValueError("no counts")
 
-    monkeypatch.setattr("perturbret.datasets.load_screen", refuse)
+    monkeypatch.setattr("perturbret.data.datasets.load_screen", refuse)
     before = there(made)
     with pytest.raises(ValueError, match="no counts"):
         supersede(ENTRY, "stamp", made, say=print)

@@ -1,7 +1,7 @@
 import pytest
 
-from perturbret.genes import SymbolResolver
-from perturbret.target_matching import count_statuses, match_targets, symbol_pattern, unsettled
+from perturbret.data.genes import SymbolResolver
+from perturbret.data.targets import count_statuses, match_targets, symbol_pattern, unsettled
 
 RESOLVER = SymbolResolver.from_package()
 

@@ -11,11 +11,10 @@ import torch
 from scgpt_oracle import scgpt
 from scipy.sparse import csr_matrix
 
-from perturbret import tokens as module
-from perturbret.binning import bin_values
-from perturbret.prepare import Cells
-from perturbret.tokens import Tokens, like_batches, tokenize
-from perturbret.vocabulary import SPECIALS, Vocabulary
+from perturbret.data.prepared import Cells
+from perturbret.scgpt import tokens as module
+from perturbret.scgpt.tokens import Tokens, bin_values, like_batches, tokenize
+from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary
 
 N_GENES = 400
 # Sizes at which quantiles meet values (1 + a multiple of 7 or 49), and those around them. A lone value is tied with

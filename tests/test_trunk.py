@@ -5,14 +5,18 @@ import shutil
 import numpy as np
 import pytest
 
-from perturbret.checkpoint import load_checkpoint
-from perturbret.gene_space import ColumnMap, GeneSpace, GeneSpaceMismatch, hash_genes
-from perturbret.gene_space_file import write_gene_space
-from perturbret.model import embed
-from perturbret.network import fingerprint
-from perturbret.tokens import tokenize
-from perturbret.trunk import make_trunk, restrict
-from perturbret.vocabulary import PAD, SPECIALS, Vocabulary, map_genes
+from perturbret.alignment.gene_space import (
+    ColumnMap,
+    GeneSpace,
+    GeneSpaceMismatch,
+    hash_genes,
+    write_gene_space,
+)
+from perturbret.scgpt.checkpoint import load_checkpoint, make_trunk, restrict
+from perturbret.scgpt.model import embed
+from perturbret.scgpt.network import fingerprint
+from perturbret.scgpt.tokens import tokenize
+from perturbret.scgpt.vocabulary import PAD, SPECIALS, Vocabulary, map_genes
 
 
 def quiet(line):

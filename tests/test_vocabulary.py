@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from perturbret.datasets import load_screen
-from perturbret.download import ChecksumError
-from perturbret.genes import SymbolResolver
-from perturbret.vocabulary import (
+from perturbret.data.datasets import load_screen
+from perturbret.data.genes import SymbolResolver
+from perturbret.files.downloads import ChecksumError
+from perturbret.scgpt.vocabulary import (
     CENSUS_FILE,
     SPECIALS,
     Vocabulary,
@@ -94,7 +94,7 @@ def test_the_wheel_is_read_without_importing_it(other_scgpt, monkeypatch):
     assert census_file() == other_scgpt / CENSUS_FILE
     with pytest.raises(ChecksumError, match="default_census_vocab.json of the scgpt package"):
         load_vocabulary()
-    monkeypatch.setattr("perturbret.vocabulary.CENSUS_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr("perturbret.scgpt.vocabulary.CENSUS_SHA256", hashlib.sha256(content).hexdigest())
     assert load_vocabulary().tokens == ("A", *SPECIALS)
     assert "scgpt" not in sys.modules
 

@@ -18,11 +18,11 @@ def refuse(*given, **named):
 
 socket.socket.connect = socket.create_connection = refuse
 import perturbret
-from perturbret.datasets import load_screen
-from perturbret.modes import fit_scgpt
-from perturbret.prepare import prepare
-from perturbret.reference_cells import read_references
-from perturbret.splits import make_split
+from perturbret.data.datasets import load_screen
+from perturbret.scgpt.modes import fit_scgpt
+from perturbret.data.prepared import prepare
+from perturbret.alignment.reference_cells import read_references
+from perturbret.data.splits import make_split
 
 assert "unpacked" in perturbret.__file__, perturbret.__file__
 assert read_references()
@@ -53,9 +53,9 @@ def test_it_holds_every_file_of_the_package_and_the_registries(unpacked):
     files = (path for path in (ROOT / "perturbret").rglob("*") if path.is_file())
     own = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
     registries = ("checkpoints", "datasets", "references")
-    assert packed == own | {f"perturbret/data/{name}.yaml" for name in registries}
+    assert packed == own | {f"perturbret/resources/{name}.yaml" for name in registries}
     for name in registries:
-        copy = unpacked / "perturbret" / "data" / f"{name}.yaml"
+        copy = unpacked / "perturbret" / "resources" / f"{name}.yaml"
         assert copy.read_bytes() == (ROOT / "params" / copy.name).read_bytes()
 
 

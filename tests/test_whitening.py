@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-import perturbret.whitening
-from perturbret.library import build_library
-from perturbret.retrieval import score_library
-from perturbret.whitening import MAX_SEARCHED, MAX_WHITENED, SHRINKAGES, choose_shrinkage, whitener
+import perturbret.evaluation.whitening
+from perturbret.evaluation.retrieval import build_library, score_library
+from perturbret.evaluation.whitening import MAX_SEARCHED, MAX_WHITENED, SHRINKAGES, choose_shrinkage, whitener
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def test_chosen_shrinkage_does_not_depend_on_held_out_cells_of_single_cell_condi
 def test_no_search_above_the_limit_and_none_where_nothing_varies(monkeypatch):
     assert choose_shrinkage(np.full((40, 5), 0.1, np.float32), np.array(list("AB") * 20)) == 0
     embeddings, labels = noisy(500)
-    monkeypatch.setattr(perturbret.whitening, "MAX_SEARCHED", 499)
+    monkeypatch.setattr(perturbret.evaluation.whitening, "MAX_SEARCHED", 499)
     assert choose_shrinkage(embeddings, labels) == 0
     assert MAX_SEARCHED >= 512
 
@@ -172,10 +171,12 @@ def test_no_search_above_the_limit_and_none_where_nothing_varies(monkeypatch):
 def test_held_out_cells_are_thinned_not_cut(monkeypatch):
     embeddings, labels = noisy(60)
     by_class = np.argsort(labels, kind="stable")
-    monkeypatch.setattr(perturbret.whitening, "_HELD_OUT", 30)
-    scored, real = [], perturbret.whitening._reciprocal_ranks
+    monkeypatch.setattr(perturbret.evaluation.whitening, "_HELD_OUT", 30)
+    scored, real = [], perturbret.evaluation.whitening._reciprocal_ranks
     monkeypatch.setattr(
-        perturbret.whitening, "_reciprocal_ranks", lambda s, true: scored.append(true) or real(s, true)
+        perturbret.evaluation.whitening,
+        "_reciprocal_ranks",
+        lambda s, true: scored.append(true) or real(s, true),
     )
     choose_shrinkage(embeddings[by_class], labels[by_class])
     assert len(scored) == 4 * len(SHRINKAGES)

@@ -16,10 +16,19 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from perturbret.html import external_requests, missing_anchors
-from perturbret.progress import Progress, counted, duration, planned
-from perturbret.registry import make_entry
-from perturbret.workflow import RULES, data_stamp, exclusive, find_profile, imported_files
+from perturbret.data.sources import make_entry
+from perturbret.workflow.html import external_requests, missing_anchors
+from perturbret.workflow.snakemake import (
+    RULES,
+    Progress,
+    counted,
+    data_stamp,
+    duration,
+    exclusive,
+    find_profile,
+    notebook_code,
+    planned,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -286,7 +295,7 @@ def test_nothing_runs_before_everything_is_checked(project, grid, words, said):
 
 def test_the_lock_is_held_by_jobs_that_outlive_a_killed_driver(tmp_path, capsys):
     code = (
-        "import subprocess, sys, time; from pathlib import Path; from perturbret.workflow import exclusive\n"
+        "import subprocess, sys, time; from pathlib import Path; from perturbret.workflow.snakemake import exclusive\n"
         "job = 'until [ -e go ]; do sleep 0.05; done; echo over > over'\n"
         "with exclusive(Path(sys.argv[1])) as lock:\n"
         "    subprocess.Popen(['sh', '-c', job], stdin=lock, stdout=subprocess.DEVNULL, cwd=sys.argv[1])\n"
@@ -306,18 +315,15 @@ def test_the_lock_is_held_by_jobs_that_outlive_a_killed_driver(tmp_path, capsys)
     letting_go.join()
 
 
-def test_the_files_a_notebook_depends_on_are_those_it_imports(tmp_path):
-    cell = {
-        "cell_type": "code",
-        "metadata": {},
-        "source": "%matplotlib inline\nfrom perturbret import splits",
-    }
-    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}))
-    names = [path.name for path in imported_files(tmp_path / "a.ipynb")]
-    assert {"splits.py", "conditions.py", "__init__.py"} <= set(names)
-    assert {"html.py", "simulate.py", "execute.py"}.isdisjoint(names)
-    evaluation = {path.stem for path in imported_files(ROOT / "notebooks" / "05_retrieval_eval.ipynb")}
-    assert {"retrieval", "metrics", "masking", "evaluate"} <= evaluation
+def test_a_notebook_is_known_by_the_code_that_it_runs(tmp_path):
+    def code(source, kind="code"):
+        cell = {"cell_type": kind, "metadata": {}, "source": source}
+        (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}))
+        return notebook_code(tmp_path / "a.ipynb")
+
+    source = "from perturbret.data.splits import make_split\nmake_split()"
+    assert code(source) == code(f"%matplotlib inline\n{source}") == code(f"# why\n{source}")
+    assert len({code(source), code(f"{source}\n1"), code("pass"), code("pass", "markdown")}) == 4
 
 
 def test_the_stamp_follows_the_data_not_the_place(tmp_path):
@@ -392,7 +398,9 @@ def test_what_was_planned_and_never_ended_is_undone(progress):
 def test_on_a_full_disk_a_killed_notebook_is_laid_to_that(progress, monkeypatch):
     follower, said, feed = progress
     feed("a", "03_baselines", "start")
-    monkeypatch.setattr("perturbret.progress.no_space", lambda path: "no space left on device: 0 bytes")
+    monkeypatch.setattr(
+        "perturbret.workflow.snakemake.no_space", lambda path: "no space left on device: 0 bytes"
+    )
     follower.finish()
     assert follower.failed["a", "03_baselines"] == ("no space left on device: 0 bytes", None)
 

@@ -11,8 +11,8 @@ from socket import socket
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from perturbret.conditions import CTRL
-from perturbret.prepare import Cells, Context, Prepared
+from perturbret.data.conditions import CTRL
+from perturbret.data.prepared import Cells, Context, Prepared
 
 
 def toy_cells(conditions, roles, *, counts=None, batch=None, obsm=None, names=None) -> Prepared:
@@ -78,7 +78,7 @@ def from_obsm(key: str = "x"):
 
 def tiny_screen(*, cells_per_condition: int = 36, seed: int = 0):
     """A simulated screen: 5 conditions, 24 genes, effects that even a tiny network learns."""
-    from perturbret.simulate import simulate_screen
+    from perturbret.data.simulate import simulate_screen
 
     return simulate_screen(
         n_singles=4,
@@ -98,8 +98,8 @@ def tiny_prepared(
     *, mask: str = "all_targets", cells_per_condition: int = 36, seed: int = 0, train_share: float = 1.0
 ) -> Prepared:
     """Masked cells of `tiny_screen`."""
-    from perturbret.prepare import prepare
-    from perturbret.splits import make_split
+    from perturbret.data.prepared import prepare
+    from perturbret.data.splits import make_split
 
     screen = tiny_screen(cells_per_condition=cells_per_condition, seed=seed)
     split = make_split(screen.obs, track="in_dist", seed=0)
@@ -108,7 +108,7 @@ def tiny_prepared(
 
 def gene_space(**changes):
     """Three genes of two datasets: one with a column each, the other with a summed gene and one not measured."""
-    from perturbret.gene_space import ColumnMap, GeneSpace, hash_genes
+    from perturbret.alignment.gene_space import ColumnMap, GeneSpace, hash_genes
 
     one = ColumnMap(
         ((2,), (0,), (1,)), (("C",), ("A",), ("B",)), 4, hash_genes("ABCD"), 7, "all", "f0", 0.1,
@@ -127,9 +127,9 @@ def write_tiny_checkpoint(directory, genes, *, seed: int = 0, n_layers: int = 2)
     """A checkpoint of random weights in the official layout: some genes and the special tokens, d = 16."""
     import torch
 
-    from perturbret.checkpoint import save_checkpoint
-    from perturbret.network import ScGPT, Shape
-    from perturbret.vocabulary import PAD, SPECIALS, Vocabulary
+    from perturbret.scgpt.checkpoint import save_checkpoint
+    from perturbret.scgpt.network import ScGPT, Shape
+    from perturbret.scgpt.vocabulary import PAD, SPECIALS, Vocabulary
 
     vocabulary = Vocabulary((*sorted(map(str, genes)), *SPECIALS), "toy")
     with torch.random.fork_rng(devices=[]):
@@ -146,7 +146,7 @@ def write_tiny_checkpoint(directory, genes, *, seed: int = 0, n_layers: int = 2)
 
 def tiny_tokens(n_cells: int = 32, *, seed: int = 0):
     """Sequences of 3 to 8 random tokens of a vocabulary of 20 genes and 3 special tokens."""
-    from perturbret.tokens import Tokens
+    from perturbret.scgpt.tokens import Tokens
 
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 9, n_cells)
@@ -162,10 +162,9 @@ def tiny_model(
     """A network for `tiny_tokens` with adapters that have an effect, and a head; always the same weights."""
     import torch
 
-    from perturbret.adapters import add_lora, freeze, trainable
-    from perturbret.heads import Head
-    from perturbret.model import Model
-    from perturbret.network import ScGPT, Shape
+    from perturbret.scgpt.adapters import add_lora, freeze, trainable
+    from perturbret.scgpt.model import Head, Model
+    from perturbret.scgpt.network import ScGPT, Shape
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -3,11 +3,11 @@
     python docs/experiments/alignment.py --jobs 2
 
 Reference cells and a screen are drawn from the same gene programs; the reference lists its genes in another order. Both
-are aligned (`perturbret.align`), the reference is remapped into their gene space, and one small scGPT is pretrained on
-it. It is read in two ways: tokens are the genes of the space, or what the screen has at the number of the reference's
-column, as if both listed the same genes. A third has random weights. Read-outs and epochs are chosen on validation
-cells, then the query cells are looked at once. Writes alignment.csv, .svg and .md beside itself. A seed that today's
-code made of the same design is not made again.
+are aligned (`perturbret.alignment.panels`), the reference is remapped into their gene space, and one small scGPT is
+pretrained on it. It is read in two ways: tokens are the genes of the space, or what the screen has at the number of the
+reference's column, as if both listed the same genes. A third has random weights. Read-outs and epochs are chosen on
+validation cells, then the query cells are looked at once. Writes alignment.csv, .svg and .md beside itself. A seed that
+today's code made of the same design is not made again.
 """
 
 import argparse
@@ -27,28 +27,28 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from perturbret.align import align_screen
-from perturbret.atomic import replacing, write_text
-from perturbret.baselines import fit_baseline
-from perturbret.bayes import fit_bayes
-from perturbret.chunks import ChunkedCounts, chunked_in_space
-from perturbret.corpus import make_corpus
-from perturbret.evaluate import evaluate
-from perturbret.figures import new_figure
-from perturbret.gene_space import GeneSpace
-from perturbret.model import device_name
-from perturbret.modes import fit_scgpt
-from perturbret.prepare import Prepared, prepare
-from perturbret.pretraining import Plan, pretrain, save_pretrained
-from perturbret.provenance import code_hash, environment
-from perturbret.remap import verify_alignment
-from perturbret.runs import outputs_root
-from perturbret.screen import Screen
-from perturbret.simulate import Truth, simulate_screen
-from perturbret.splits import make_split
-from perturbret.stats import cluster_bootstrap, paired_difference
-from perturbret.validation import best_readout
-from perturbret.vocabulary import SPECIALS, Vocabulary
+from perturbret.alignment.chunks import ChunkedCounts, chunked_in_space
+from perturbret.alignment.gene_space import GeneSpace
+from perturbret.alignment.panels import align_screen
+from perturbret.alignment.remapping import verify_alignment
+from perturbret.data.prepared import Prepared, prepare
+from perturbret.data.screen import Screen
+from perturbret.data.simulate import Truth, simulate_screen
+from perturbret.data.splits import make_split
+from perturbret.encoders.baselines import fit_baseline
+from perturbret.encoders.bayes import fit_bayes
+from perturbret.evaluation.judge import evaluate
+from perturbret.evaluation.stats import cluster_bootstrap, paired_difference
+from perturbret.evaluation.validation import best_readout
+from perturbret.files.atomic import replacing, write_text
+from perturbret.files.provenance import code_hash, environment
+from perturbret.report.figures import new_figure
+from perturbret.runs.runs import outputs_root
+from perturbret.scgpt.corpus import make_corpus
+from perturbret.scgpt.model import device_name
+from perturbret.scgpt.modes import fit_scgpt
+from perturbret.scgpt.pretraining import Plan, pretrain, save_pretrained
+from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary
 
 HERE = Path(__file__).parent
 # Settings of each mode, and values that each arm chooses from on its own validation cells.
@@ -70,16 +70,16 @@ PAIRS = (("aligned", "shuffled"), ("aligned", "random"), ("shuffled", "random"))
 OPPONENTS = ("logreg", "pca")
 CEILING = "bayes_ceiling"
 CODE = (
-    "align",
-    "baselines",
-    "bayes",
-    "corpus",
-    "evaluate",
-    "modes",
-    "pretraining",
-    "remap",
-    "simulate",
-    "validation",
+    "alignment.panels",
+    "alignment.remapping",
+    "encoders.baselines",
+    "encoders.bayes",
+    "evaluation.judge",
+    "evaluation.validation",
+    "data.simulate",
+    "scgpt.corpus",
+    "scgpt.modes",
+    "scgpt.pretraining",
 )
 
 

@@ -20,20 +20,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from perturbret.atomic import replacing, write_text
-from perturbret.baselines import fit_baseline
-from perturbret.datasets import load_screen
-from perturbret.evaluate import evaluate
-from perturbret.figures import new_figure
-from perturbret.model import device_name
-from perturbret.modes import fit_scgpt
-from perturbret.prepare import prepare
-from perturbret.provenance import code_hash, environment
-from perturbret.runs import outputs_root
-from perturbret.screen import Screen
-from perturbret.splits import get_split
-from perturbret.stats import paired_difference
-from perturbret.validation import best_readout
+from perturbret.data.datasets import load_screen
+from perturbret.data.prepared import prepare
+from perturbret.data.screen import Screen
+from perturbret.data.splits import get_split
+from perturbret.encoders.baselines import fit_baseline
+from perturbret.evaluation.judge import evaluate
+from perturbret.evaluation.stats import paired_difference
+from perturbret.evaluation.validation import best_readout
+from perturbret.files.atomic import replacing, write_text
+from perturbret.files.provenance import code_hash, environment
+from perturbret.report.figures import new_figure
+from perturbret.runs.runs import outputs_root
+from perturbret.scgpt.model import device_name
+from perturbret.scgpt.modes import fit_scgpt
 
 HERE = Path(__file__).parent
 STARTS = {
@@ -45,7 +45,15 @@ MODES = ("frozen", "head", "lora_head")
 SEEDS, SHARES = (0, 1, 2), (0.1, 0.25, 0.5, 1.0)
 OPPONENTS = ("logreg", "pca")
 COLOURS = {"random": "#8a8a8a", "shipped": "#1b6ca8", "shipped + mlm": "#c1440e"}
-CODE = ("datasets", "splits", "prepare", "evaluate", "validation", "baselines", "modes")
+CODE = (
+    "data.datasets",
+    "data.prepared",
+    "data.splits",
+    "encoders.baselines",
+    "evaluation.judge",
+    "evaluation.validation",
+    "scgpt.modes",
+)
 
 load = cache(load_screen)
 

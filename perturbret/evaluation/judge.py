@@ -1,0 +1,310 @@
+"""Evaluate an encoder: metrics of every query, their summary with intervals and chance, the null control."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ..data.conditions import CTRL
+from ..data.prepared import Prepared
+from .metrics import chance, per_query, rank_top, relevance, top_conditions
+from .nulls import ALPHAS, detectable_leak, luck, luck_p_values
+from .retrieval import LIBRARY_KINDS as KINDS
+from .scoring import LIBRARY_ROLES, POOLINGS, SCORINGS, Scored, candidate_names, score_queries
+from .stats import AVERAGES, cluster_bootstrap, query_bootstrap
+
+QUERY_SIZES = (1, 5, 10, 20, 50)
+READOUT = ["library", "query_size", "pooling", "candidates", "scoring"]
+
+
+def evaluate(
+    encoder,
+    prepared: Prepared,
+    *,
+    role: str = "query",
+    libraries: Sequence[str] = KINDS,
+    query_sizes: Sequence[int] = QUERY_SIZES,
+    poolings: Sequence[str] = POOLINGS,
+    scorings: Sequence[str] = SCORINGS,
+    candidates: str = "train",
+    seed: int = 0,
+    ablation: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Score the cells in `role` with every library x scoring x query size x pooling.
+
+    Every cell is embedded once. Sizes that no condition reaches have no rows, and neither have classifier
+    scorings of an encoder without a head.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    prepared : Prepared
+        Cells with the mask, split and genes that the encoder was fitted with.
+    role : str
+        Whose cells are the queries.
+    libraries : sequence of str
+        Kinds of `perturbret.evaluation.retrieval`, for the scorings `cosine` and `whitened`.
+    query_sizes : sequence of int
+        Cells per query.
+    poolings : sequence of str
+        For sizes above 1. `scores`: the mean of the cells' cosine scores, or the sum of their
+        log-probabilities. `embeddings`: the mean embedding is scored. `expression`: summed counts are
+        embedded.
+    scorings : sequence of str
+        `classifier_corrected` is log p - log prior, summed over the cells of a query.
+    candidates : {'train', 'observed'}
+        Rank the conditions with training cells, or those with gallery cells too.
+    seed : int
+        Of the pseudo-bulks and the bootstrap library: the same for all encoders that are compared.
+    ablation : sequence of str
+        Fields of the context that are meant to differ.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per query and read-out: query_id, condition, batch (where the screen has one), library (`none`
+        for classifier scorings), query_size, pooling (`single` for size 1), candidates, scoring, the columns
+        of `metrics.per_query`, n_candidates, n_relevant (candidates of relevance 1 or 2), top10 (joined by
+        `|`). Where the screen has batches, for single cells, batch_n_candidates, the number of candidates with
+        library cells in the query's batch, and batch_hit@1, the chance that the true condition is first among
+        them; both NaN where they are fewer than two or the true condition is none of them.
+
+    Raises
+    ------
+    ContextMismatch
+        The encoder was fitted on other data, or under another split, mask or gene panel.
+    ValueError
+        An unknown name, no cells in a role, no scoring that the encoder has, or, for a classifier, candidates
+        that are none of its classes.
+    """
+    encoder.context.check(prepared.context, ablation)
+    names = candidate_names(prepared, candidates)
+    scored = score_queries(
+        encoder,
+        prepared,
+        role=role,
+        libraries=libraries,
+        query_sizes=query_sizes,
+        poolings=poolings,
+        scorings=scorings,
+        candidates=candidates,
+        seed=seed,
+    )
+    tables, of_size = [], {}
+    in_batch = _conditions_by_batch(prepared, candidates)
+    for readout in scored:
+        queries = readout.queries
+        if queries.size not in of_size:
+            of_size[queries.size] = relevance(queries.conditions, names)
+        levels = of_size[queries.size]
+        columns = {"query_id": queries.ids.astype(object), "condition": queries.conditions.astype(object)}
+        if queries.batch is not None:
+            columns["batch"] = queries.batch.astype(object)
+        columns |= {"library": readout.library, "query_size": queries.size, "pooling": readout.pooling}
+        columns |= {"candidates": candidates, "scoring": readout.scoring}
+        columns |= dict(per_query(readout.scores, levels))
+        if queries.size == 1 and queries.batch is not None:
+            columns |= _batch_hits(readout, names, in_batch)
+        columns |= {"n_candidates": len(names), "n_relevant": (levels > 0).sum(axis=1)}
+        columns["top10"] = ["|".join(row) for row in top_conditions(readout.scores, names, 10).tolist()]
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Means over queries, with intervals that treat conditions as drawn and with chance.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        From `evaluate`.
+    n_resamples : int
+        Bootstrap resamples of conditions.
+    seed : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per library, query_size, pooling, candidates, scoring, metric and average (micro: over
+        queries; macro: over the conditions' means): estimate, ci_low, ci_high, n_queries, n_conditions,
+        chance. Chance is the same average of what equal scores for all candidates get on the same queries.
+        There is no row for the rank where a query's condition is not among the candidates, and none for the
+        margin, whose unit depends on the scoring.
+    """
+    known = [name for name in chance(np.array([[2, 0]])).columns if name != "margin"]
+    metrics = [name for name in scores.columns if name in known]
+    if scores["rank"].isna().any():
+        metrics.remove("rank")
+    values, equal = scores[metrics].to_numpy(np.float64), _chance_levels(scores, metrics)
+    conditions = scores["condition"].to_numpy(str)
+    # Ranks go from 1 to the number of candidates, all other metrics from 0 to 1.
+    rank = np.array(metrics) == "rank"
+    bounds = rank.astype(float), np.where(rank, float(scores["n_candidates"].max()), 1.0)
+    tables = []
+    for key, rows in scores.groupby(READOUT, sort=True).indices.items():
+        clusters = conditions[rows]
+        for average in AVERAGES:
+            options = {"average": average, "n_resamples": n_resamples, "seed": seed}
+            found = cluster_bootstrap(values[rows], clusters, bounds=bounds, **options)
+            # Chance has no interval; the same function averages it in the same way.
+            level = cluster_bootstrap(equal[rows], clusters, average=average, n_resamples=1, seed=seed)
+            columns = dict(zip(READOUT, key, strict=True))
+            columns |= {"metric": metrics, "average": average}
+            columns |= {"estimate": found.estimate, "ci_low": found.low, "ci_high": found.high}
+            columns |= {"n_queries": len(rows), "n_conditions": len(np.unique(clusters))}
+            tables.append(pd.DataFrame({**columns, "chance": level.estimate}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def within_batch(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """How often single cells are ranked right among the conditions of their own batch: what no batch effect helps.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        From `evaluate`, of one run or of several with columns `encoder` and `mask`.
+    n_resamples : int
+        Bootstrap resamples of conditions.
+    seed : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per encoder, mask (where there are such columns), library and scoring: `estimate`, mean batch_hit@1;
+        `chance`, mean of 1 / batch_n_candidates over the same queries; `excess`, their difference, with `ci_low` and
+        `ci_high` (95%, conditions resampled); n_queries, n_conditions, n_candidates (mean). No row where no batch
+        holds two candidates.
+    """
+    keys = [name for name in ("encoder", "mask", "library", "candidates", "scoring") if name in scores]
+    rows = []
+    if "batch_hit@1" in scores:
+        judged = scores[(scores["query_size"] == 1) & scores["batch_hit@1"].notna()]
+        for key, part in judged.groupby(keys, sort=True):
+            hit, n = part["batch_hit@1"].to_numpy(float), part["batch_n_candidates"].to_numpy(float)
+            found = cluster_bootstrap(
+                hit - 1 / n, part["condition"].to_numpy(str), n_resamples=n_resamples, seed=seed
+            )
+            row = dict(zip(keys, key, strict=True)) | {"estimate": hit.mean(), "chance": (1 / n).mean()}
+            row |= {"excess": found.estimate[0], "ci_low": found.low[0], "ci_high": found.high[0]}
+            row |= {"n_queries": len(part), "n_conditions": part["condition"].nunique()}
+            rows.append(row | {"n_candidates": n.mean()})
+    columns = [*keys, "estimate", "chance", "excess", "ci_low", "ci_high", "n_queries", "n_conditions"]
+    return pd.DataFrame(rows, columns=[*columns, "n_candidates"])
+
+
+def null_control(
+    encoder,
+    prepared: Prepared,
+    *,
+    role: str = "query",
+    libraries: Sequence[str] = KINDS,
+    scorings: Sequence[str] = SCORINGS,
+    candidates: str = "train",
+    seed: int = 0,
+    n_resamples: int = 1000,
+    n_permutations: int = 9999,
+) -> pd.DataFrame:
+    """exact_hit@1 of an encoder that was fitted and is scored on permuted labels, against luck.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Fitted on `prepared` with the settings of the encoder that it controls.
+    prepared : Prepared
+        Cells whose labels were permuted within role and batch (`nulls.permute_conditions`) before masking.
+    role, libraries, scorings, candidates, seed
+        As in `evaluate`.
+    n_resamples : int
+        Bootstrap resamples of queries: permuted labels leave nothing that queries of one condition share.
+    n_permutations : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per library and scoring, for single cells: estimate, ci_low, ci_high; chance; class_prior, the
+        share of the most common condition among the queries; luck, what the same predictions hit on average
+        when the query labels are permuted within batch; p_value, one-sided, of hitting so often by luck;
+        n_queries; `detectable@ALPHA` for each of `nulls.ALPHAS`, the smallest share of queries whose label would
+        have to be given away for p < ALPHA with 80% power. A small p-value says that masking or another part of the
+        pipeline gave the labels away.
+    """
+    encoder.context.check(prepared.context)
+    readouts = list(
+        score_queries(
+            encoder,
+            prepared,
+            role=role,
+            libraries=libraries,
+            query_sizes=(1,),
+            poolings=POOLINGS,
+            scorings=scorings,
+            candidates=candidates,
+            seed=seed,
+        )
+    )
+    queries = readouts[0].queries
+    column = {name: i for i, name in enumerate(candidate_names(prepared, candidates))}
+    true = np.array([column.get(condition, -1) for condition in queries.conditions])
+    tops = [rank_top(readout.scores) for readout in readouts]
+    hits = [np.where(true >= 0, top[np.arange(len(true)), true], 0.0) for top in tops]
+    found = query_bootstrap(np.stack(hits, axis=1), n_resamples=n_resamples, seed=seed)
+    return pd.DataFrame(
+        {
+            "library": [readout.library for readout in readouts],
+            "scoring": [readout.scoring for readout in readouts],
+            "candidates": candidates,
+            "estimate": found.estimate,
+            "ci_low": found.low,
+            "ci_high": found.high,
+            "chance": (true >= 0).mean() / len(column),
+            "class_prior": np.unique(queries.conditions, return_counts=True)[1].max() / len(queries),
+            "luck": [luck(top, true, queries.batch) for top in tops],
+            "p_value": luck_p_values(tops, true, queries.batch, n_permutations=n_permutations, seed=seed),
+            "n_queries": len(queries),
+        }
+        | {
+            f"detectable@{alpha}": [
+                detectable_leak(top, true, queries.batch, alpha=alpha, n_permutations=n_permutations)
+                for top in tops
+            ]
+            for alpha in ALPHAS
+        }
+    )
+
+
+def _conditions_by_batch(prepared: Prepared, candidates: str) -> dict[str, np.ndarray]:
+    """Sorted conditions with library cells in each batch; empty where the screen names no batches."""
+    if prepared.cells.batch is None:
+        return {}
+    cells = np.isin(prepared.roles, LIBRARY_ROLES[candidates]) & (prepared.conditions != CTRL)
+    table = pd.DataFrame({"batch": prepared.cells.batch[cells], "condition": prepared.conditions[cells]})
+    return {str(name): np.unique(part.to_numpy(str)) for name, part in table.groupby("batch")["condition"]}
+
+
+def _batch_hits(
+    readout: Scored, names: Sequence[str], in_batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Columns batch_hit@1 and batch_n_candidates of single-cell queries; ties in expectation."""
+    queries = readout.queries
+    hit, n = np.full(len(queries), np.nan), np.full(len(queries), np.nan)
+    for batch, conditions in in_batch.items():
+        rows = np.flatnonzero((queries.batch == batch) & np.isin(queries.conditions, conditions))
+        if len(conditions) < 2 or not len(rows):
+            continue
+        first = rank_top(readout.scores[np.ix_(rows, np.searchsorted(names, conditions))])
+        hit[rows] = first[np.arange(len(rows)), np.searchsorted(conditions, queries.conditions[rows])]
+        n[rows] = len(conditions)
+    return {"batch_hit@1": hit, "batch_n_candidates": n}
+
+
+def _chance_levels(scores: pd.DataFrame, metrics: list[str]) -> np.ndarray:
+    """Metrics (n, m) of equal scores: they depend on how many candidates there are of each relevance only."""
+    shape = np.stack([scores["n_candidates"], scores["n_relevant"], scores["rank"].notna()], axis=1)
+    shapes, code = np.unique(shape.astype(int), axis=0, return_inverse=True)
+    ks = [int(name.split("@")[1]) for name in metrics if name.startswith("exact_hit@")]
+    levels = []
+    for n_candidates, n_relevant, has_exact in shapes:
+        level = (np.arange(n_candidates) < n_relevant).astype(np.int8)
+        level[0] += has_exact
+        levels.append(chance(level[None], ks)[metrics].to_numpy(np.float64)[0])
+    return np.array(levels)[code]

@@ -1,0 +1,531 @@
+"""Intervals and p-values for means of per-query metrics whose queries come in clusters (conditions).
+
+Cells of one condition share its strength, its guides and its prototypes, so they are not independent: what is
+resampled or flipped is the condition with all its queries. Formulas: docs/method.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from ..files.places import RESOURCES
+
+AVERAGES = ("micro", "macro")
+# Random numbers held at a time.
+_CHUNK = 4_000_000
+# Sums of metrics that differ by less are equal: adding the same numbers in another order must neither make a
+# difference out of none, nor one sign pattern more extreme than its equal.
+_NOISE = 1e-9
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Means with their intervals, one entry per column of the values.
+
+    Attributes
+    ----------
+    estimate, low, high : ndarray of float64, shape (m,)
+        `low` and `high` are NaN (not known) where there are fewer than two clusters.
+    """
+
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A mean over queries and training repeats (refits with other random numbers).
+
+    Attributes
+    ----------
+    estimate, low, high : float
+        `low` and `high` are NaN where there are fewer than two clusters.
+    spread : float
+        Standard deviation over repeats of the mean over queries; NaN for one repeat.
+    p_value : float
+        Of a difference, by `paired_permutation_p` on the repeats' average; NaN for the mean of one method.
+    n_repeats, n_clusters : int
+    """
+
+    estimate: float
+    low: float
+    high: float
+    spread: float
+    p_value: float
+    n_repeats: int
+    n_clusters: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often intervals of `cluster_bootstrap` held the truth on simulated retrieval screens.
+
+    Attributes
+    ----------
+    nominal : float
+        Level of the intervals.
+    measured, lowest, highest : float
+        Share that held it: mean over populations of conditions, metrics and estimates, and the extremes among these.
+    n_repeats : int
+        Screens behind each of these shares.
+    n_conditions : int
+        Of those screens: not above the number that was asked for, where so few were simulated.
+    """
+
+    nominal: float
+    measured: float
+    lowest: float
+    highest: float
+    n_repeats: int
+    n_conditions: int
+
+
+def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) -> Coverage:
+    """Coverage of the 95% intervals for a number of conditions, as benchmarks/coverage.py measured it.
+
+    Parameters
+    ----------
+    n_conditions : int
+        The row of the largest number of conditions up to this is taken; below the smallest, the smallest.
+    average : {"micro", "macro"}
+    paired : bool
+        Of differences between two methods.
+
+    Returns
+    -------
+    Coverage
+
+    Raises
+    ------
+    ValueError
+        `average` is another, or there are fewer than two conditions, where there are no intervals.
+    """
+    if average not in AVERAGES:
+        raise ValueError(f"average: expected one of {AVERAGES}, got {average!r}")
+    if n_conditions < 2:
+        raise ValueError(f"n_conditions: expected at least 2, got {n_conditions}")
+    table = pd.read_csv(RESOURCES / "coverage.csv")
+    table = table[(table["average"] == average) & (table["paired"] == paired)].sort_values("n_conditions")
+    row = table.iloc[max(int((table["n_conditions"] <= n_conditions).sum()) - 1, 0)]
+    shares = (float(row[name]) for name in ("nominal", "measured", "lowest", "highest"))
+    return Coverage(*shares, int(row["n_repeats"]), int(row["n_conditions"]))
+
+
+def cluster_bootstrap(
+    values: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    bounds: Sequence | None = None,
+    seed: int,
+) -> Estimates:
+    """Mean of each column with an interval that treats clusters as drawn from a population of clusters.
+
+    The interval is the wider, on each side, of two (docs/decisions/0004-intervals.md has what each holds alone):
+
+    - Jackknife: estimate +- t * SE. The squared SE is (G - 1) / G * sum (m_-i - mean of m_-i)^2 over the means m_-i
+      without cluster i, as CR3; the quantile t has the degrees of freedom of Bell & McCaffrey (2002, "Bias
+      reduction in standard errors for linear regression with multi-stage samples", Surv Methodol 28:169),
+      G - 1 for clusters of equal weight and fewer otherwise.
+    - Bootstrap-t: quantiles of (m* - m) / SE* over resamples of clusters, times the SE (Efron 1982, "The
+      jackknife, the bootstrap and other resampling plans", ch. 10; for clusters: Cameron, Gelbach & Miller 2008,
+      Rev Econ Stat 90:414). It follows skewness. SE and SE* are linearised: G / (G - 1) * sum (S_i - m n_i)^2
+      over (sum n_i)^2, S_i the sum over the n_i queries of cluster i. Resamples without any spread are left out.
+
+    Parameters
+    ----------
+    values : ndarray of float, shape (n, m) or (n,)
+        Per-query metrics.
+    clusters : sequence, length n
+        Condition of each query.
+    average : {"micro", "macro"}
+        Mean over queries (a ratio of sums), or mean over the clusters' means.
+    n_resamples : int
+    level : float
+        Between 0 and 1.
+    bounds : pair of float or of ndarray (m,), optional
+        Smallest and largest value that the metric can take: (0, 1) for hits and reciprocal ranks. Intervals
+        end there, and where all values lie at one of them the interval reaches as far as the share of clusters could
+        that never showed another value (Clopper & Pearson 1934; (sum n_i)^2 / sum n_i^2 clusters).
+    seed : int
+        The same seed and clusters give the same resamples, whatever the values.
+
+    Returns
+    -------
+    Estimates
+
+    Raises
+    ------
+    ValueError
+        `values` holds NaN or no row or lies outside `bounds`, lengths differ, or `average`, `n_resamples` or `level`
+        is out of range.
+    """
+    values = _checked(values, n_resamples, level)
+    sums, sizes = _cluster_sums(values, clusters, average)
+    estimate = sums.sum(axis=0) / sizes.sum()
+    if bounds is not None:
+        bounds = np.stack([np.broadcast_to(np.asarray(end, np.float64), estimate.shape) for end in bounds])
+        if (values < bounds[0] - _NOISE).any() or (values > bounds[1] + _NOISE).any():
+            raise ValueError(f"values: expected {bounds[0].min():g} to {bounds[1].max():g}, got others")
+    if len(sizes) < 2:
+        return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
+    variance, freedom = _jackknife(sums, sizes)
+    half = stdtrit(freedom, (1 + level) / 2) * np.sqrt(variance)
+    below, above = _bootstrap_t(sums, sizes, n_resamples, level, seed)
+    low, high = estimate - np.fmax(half, below), estimate + np.fmax(half, above)
+    if bounds is None:
+        return Estimates(estimate, low, high)
+    reach = (bounds[1] - bounds[0]) * (1 - ((1 - level) / 2) ** (np.sum(sizes**2) / sizes.sum() ** 2))
+    # An infinite bound has no value at it, and no interval is taken from there.
+    with np.errstate(invalid="ignore"):
+        high = np.where(np.abs(values - bounds[0]).max(axis=0) <= _NOISE, bounds[0] + reach, high)
+        low = np.where(np.abs(values - bounds[1]).max(axis=0) <= _NOISE, bounds[1] - reach, low)
+    return Estimates(estimate, np.maximum(low, bounds[0]), np.minimum(high, bounds[1]))
+
+
+def query_bootstrap(
+    values: np.ndarray, *, n_resamples: int = 1000, level: float = 0.95, seed: int
+) -> Estimates:
+    """Mean of each column with the percentile interval of a bootstrap that resamples single queries.
+
+    For queries that are exchangeable, as those of a null control are: its labels are permuted over cells.
+
+    Parameters
+    ----------
+    values : ndarray of float, shape (n, m) or (n,)
+    n_resamples, level, seed
+        As for `cluster_bootstrap`.
+
+    Returns
+    -------
+    Estimates
+
+    Raises
+    ------
+    ValueError
+        As `cluster_bootstrap`.
+    """
+    values = _checked(values, n_resamples, level)
+    n = len(values)
+    # Equal rows are drawn together: the number of draws that fall on them is multinomial too.
+    rows, counts = np.unique(values, axis=0, return_counts=True)
+    estimate = counts @ rows / n
+    if n < 2:
+        return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
+    resampled = [drawn @ rows / n for drawn in _multinomial(counts / n, n, n_resamples, seed)]
+    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Estimates(estimate, low, high)
+
+
+def paired_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int,
+) -> Estimates:
+    """Mean of `a` - `b`, metrics of two methods on the same queries, with `cluster_bootstrap`'s interval.
+
+    Parameters
+    ----------
+    a, b : ndarray of float, shape (n, m) or (n,)
+        Row i of both belongs to the same query.
+    clusters, average, n_resamples, level, seed
+        As for `cluster_bootstrap`.
+
+    Returns
+    -------
+    Estimates
+
+    Raises
+    ------
+    ValueError
+        Shapes of `a` and `b` differ; else as `cluster_bootstrap`.
+    """
+    return cluster_bootstrap(
+        _difference(a, b), clusters, average=average, n_resamples=n_resamples, level=level, seed=seed
+    )
+
+
+def repeated_mean(
+    values: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    bounds: Sequence | None = None,
+    seed: int = 0,
+) -> Repeated:
+    """Mean of one method over queries and training repeats, whose interval covers conditions and repeats.
+
+    Conditions and repeats are crossed: every refit answers all queries. Their variance components add up (Searle,
+    Casella & McCulloch 1992, "Variance Components", ch. 4):
+
+        V = V_c + V_r,    V_r = s^2 / R,    freedom = V^2 / (V_c^2 / f_c + V_r^2 / (R - 1))
+
+    V_c and its f_c degrees of freedom are the jackknife's of `cluster_bootstrap`, on the average over repeats; s is
+    the standard deviation over the R repeats of their means; the degrees of freedom of the sum are Satterthwaite's
+    (1946, "An approximate distribution of estimates of variance components", Biometrics Bull 2:110). What varies
+    with condition and repeat at once is in both terms, so that V is somewhat too large rather than too small. With
+    the half-widths h of `cluster_bootstrap` on one side and j of its jackknife, the interval reaches
+    sqrt(t^2 V + h^2 - j^2) to that side: without spread between repeats it is that of `cluster_bootstrap`.
+
+    Parameters
+    ----------
+    values : ndarray of float, shape (n_queries, n_repeats) or (n_queries,)
+        Metric of each query in each repeat. One repeat: the interval covers conditions only.
+    clusters : sequence, length n_queries
+        Condition of each query.
+    average, n_resamples, level, bounds, seed
+        As for `cluster_bootstrap`.
+
+    Returns
+    -------
+    Repeated
+
+    Raises
+    ------
+    ValueError
+        As `cluster_bootstrap`.
+    """
+    values = _checked(values, n_resamples, level)
+    n_repeats = values.shape[1]
+    sums, sizes = _cluster_sums(np.column_stack([values, values.mean(axis=1)]), clusters, average)
+    means = sums.sum(axis=0) / sizes.sum()
+    spread = float(np.std(means[:-1], ddof=1)) if n_repeats > 1 else np.nan
+    options = {"average": average, "n_resamples": n_resamples, "level": level, "seed": seed}
+    found = cluster_bootstrap(values.mean(axis=1), clusters, bounds=bounds, **options)
+    low, high = float(found.low[0]), float(found.high[0])
+    if len(sizes) > 1 and n_repeats > 1 and spread > _NOISE:
+        whole = cluster_bootstrap(values.mean(axis=1), clusters, **options)
+        variance, freedom = _jackknife(sums[:, -1:], sizes)
+        parts, freedoms = np.array([variance[0], spread**2 / n_repeats]), np.array([freedom, n_repeats - 1])
+        total = parts.sum()
+        widened = stdtrit(total**2 / np.sum(parts**2 / freedoms), (1 + level) / 2) ** 2 * total
+        widened -= stdtrit(freedom, (1 + level) / 2) ** 2 * variance[0]
+        low, high = (
+            means[-1] + sign * np.sqrt(max((end[0] - means[-1]) ** 2 + widened, 0.0))
+            for sign, end in ((-1, whole.low), (1, whole.high))
+        )
+        if bounds is not None:
+            low, high = (float(np.clip(end, *bounds)) for end in (low, high))
+    return Repeated(float(means[-1]), float(low), float(high), spread, np.nan, n_repeats, len(sizes))
+
+
+def repeated_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    n_permutations: int = 10_000,
+    seed: int,
+) -> Repeated:
+    """Mean of `a` - `b`, metrics of two methods on the same queries, over queries and training repeats.
+
+    Parameters
+    ----------
+    a, b : ndarray of float, shape (n_queries, n_repeats) or (n_queries,)
+        Row i of both belongs to the same query. A method that knows no random numbers has one column, which is
+        compared with every repeat of the other; else both have the same number of repeats.
+    clusters, average, level
+        As for `repeated_mean`.
+    n_permutations, seed
+        Of `paired_permutation_p`, which gets the average over repeats. It says whether these fitted networks
+        differ on other conditions; whether refitted ones would, is in the interval only.
+
+    Returns
+    -------
+    Repeated
+
+    Raises
+    ------
+    ValueError
+        Numbers of queries differ, or numbers of repeats do and neither is one; else as `cluster_bootstrap`.
+    """
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    a, b = (x[:, None] if x.ndim == 1 else x for x in (a, b))
+    if a.ndim == b.ndim == 2 and len(a) == len(b) and 1 in (a.shape[1], b.shape[1]):
+        a, b = np.broadcast_arrays(a, b)
+    difference = _difference(a, b)
+    found = repeated_mean(
+        difference, clusters, average=average, n_resamples=n_resamples, level=level, seed=seed
+    )
+    average_difference = difference.mean(axis=1)
+    p = paired_permutation_p(
+        average_difference,
+        np.zeros_like(average_difference),
+        clusters,
+        average=average,
+        n_permutations=n_permutations,
+        seed=seed,
+    )
+    return replace(found, p_value=p)
+
+
+def paired_permutation_p(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence,
+    *,
+    average: str = "micro",
+    n_permutations: int = 10_000,
+    seed: int,
+) -> float:
+    """Two-sided p-value of the mean of `a` - `b` when the methods may be swapped within every cluster.
+
+    Swapping two methods on a cluster turns the sign of its differences. All sign patterns are tried where
+    there are at most `n_permutations` of them; else as many random ones, and the observed one is counted as
+    one more (Phipson & Smyth 2010, "Permutation p-values should never be zero", Stat Appl Genet Mol 9:39).
+
+    Parameters
+    ----------
+    a, b : ndarray of float, shape (n,)
+        Row i of both belongs to the same query.
+    clusters : sequence, length n
+    average : {"micro", "macro"}
+    n_permutations : int
+    seed : int
+
+    Returns
+    -------
+    float
+        Above 0, at most 1.
+
+    Raises
+    ------
+    ValueError
+        As `paired_difference`.
+    """
+    difference = _checked(_difference(a, b), n_permutations, 0.5)
+    if difference.shape[1] != 1:
+        raise ValueError(f"a, b: expected one value per query, got {difference.shape[1]} columns")
+    sums = _cluster_sums(difference, clusters, average)[0][:, 0]
+    sums = sums[np.abs(sums) > _NOISE]
+    observed = abs(sums.sum()) - _NOISE
+    n = len(sums)
+    if n < 63 and 2**n <= n_permutations:
+        patterns = np.arange(2**n)[:, None] >> np.arange(n) & 1
+        return float(np.mean(np.abs((1 - 2 * patterns) @ sums) >= observed))
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for size in _steps(n_permutations, n):
+        signs = 1 - 2 * rng.integers(0, 2, (size, n), dtype=np.int8)
+        extreme += int((np.abs(signs @ sums) >= observed).sum())
+    return (1 + extreme) / (1 + n_permutations)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for the number of tests, in the order given.
+
+    Holm (1979, "A simple sequentially rejective multiple test procedure", Scand J Stat 6:65): the i-th
+    smallest of m is multiplied by m - i + 1, made at least as large as those before it, and cut at 1.
+
+    Raises
+    ------
+    ValueError
+        A value is NaN or outside 0 … 1.
+    """
+    p = np.asarray(p, np.float64)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p: expected a list of numbers from 0 to 1, got {p}")
+    order = np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
+
+
+def _checked(values: np.ndarray, n_resamples: int, level: float) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or not len(values):
+        raise ValueError(f"values: expected at least one row per query, got shape {values.shape}")
+    missing = int(np.isnan(values).any(axis=1).sum())
+    if missing:
+        raise ValueError(f"values: expected numbers, got NaN in {missing} of {len(values)} queries")
+    if n_resamples < 1:
+        raise ValueError(f"number of resamples: expected at least 1, got {n_resamples}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    return values
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"a, b: expected the same queries in both, got shapes {a.shape} and {b.shape}")
+    return a - b
+
+
+def _cluster_sums(values: np.ndarray, clusters: Sequence, average: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per cluster: numerator (g, m) and denominator (g,) of the average."""
+    if average not in AVERAGES:
+        raise ValueError(f"average: expected one of {AVERAGES}, got {average!r}")
+    names, codes = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(codes) != len(values):
+        raise ValueError(f"clusters: expected one per query, {len(values)}, got {len(codes)}")
+    sizes = np.bincount(codes).astype(np.float64)
+    sums = np.stack([np.bincount(codes, column) for column in values.T], axis=1)
+    return (sums, sizes) if average == "micro" else (sums / sizes[:, None], np.ones(len(names)))
+
+
+def _jackknife(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
+    """Variance of the averages (m,), and the degrees of freedom if all cluster means vary alike."""
+    n = len(sizes)
+    without = (sums.sum(axis=0) - sums) / (sizes.sum() - sizes)[:, None]
+    variance = (n - 1) / n * np.sum((without - without.mean(axis=0)) ** 2, axis=0)
+    shares = sizes / sizes.sum()
+    # Residuals of independent cluster means, as the jackknife weighs them: rows of `residual`.
+    residual = (shares / (1 - shares))[:, None] * (np.eye(n) - shares)
+    form = residual.T @ residual
+    return variance, float(np.trace(form) ** 2 / np.sum(form**2))
+
+
+def _bootstrap_t(
+    sums: np.ndarray, sizes: np.ndarray, n_resamples: int, level: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far the bootstrap-t interval reaches below and above the averages, (m,) each; NaN if unknown."""
+    n, estimate = len(sizes), sums.sum(axis=0) / sizes.sum()
+    # Around the estimate sums are deviations: nothing cancels in the squares below.
+    off = sums - estimate * sizes[:, None]
+    error = np.sqrt(np.sum(off**2, axis=0))
+    ratios = []
+    for drawn in _multinomial(np.full(n, 1 / n), n, n_resamples, seed):
+        total = (drawn @ sizes)[:, None]
+        shift = drawn @ off / total
+        square = drawn @ off**2 - 2 * shift * (drawn @ (off * sizes[:, None]))
+        square += shift**2 * (drawn @ sizes**2)[:, None]
+        spread = np.sqrt(np.maximum(square, 0)) / total
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios.append(np.where(spread > 1e-6 * error / sizes.sum(), shift / spread, np.nan))
+    ratios = np.concatenate(ratios)
+    reach = np.full((2, len(estimate)), np.nan)
+    known = ~np.isnan(ratios).all(axis=0)
+    tails = [(1 + level) / 2, (1 - level) / 2]
+    reach[:, known] = np.nanquantile(ratios[:, known], tails, axis=0) * [[1], [-1]]
+    below, above = reach * error / sizes.sum()
+    return below, above
+
+
+def _multinomial(shares: np.ndarray, n: int, n_resamples: int, seed: int):
+    """Draw counts (resamples, categories) as float64, a bounded number of resamples at a time."""
+    rng = np.random.default_rng(seed)
+    for size in _steps(n_resamples, len(shares)):
+        yield rng.multinomial(n, shares, size=size).astype(np.float64)
+
+
+def _steps(total: int, width: int) -> list[int]:
+    step = max(1, _CHUNK // max(width, 1))
+    return [min(step, total - done) for done in range(0, total, step)]

@@ -1,0 +1,363 @@
+"""The tables of the ablation report: gather finished runs, compare them, judge their null controls."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..data.masking import UNSAFE
+from ..data.screen import Screen
+from ..evaluation.readouts import readout_name
+from ..files.atomic import replacing
+from ..runs.pipeline import evaluate_run, fit_code
+from ..runs.runs import open_run, outputs_root, write_table
+from .audit import Checks
+from .compare import (
+    ARENA,
+    LEAK_FREE,
+    Finished,
+    choose_readouts,
+    collect,
+    contrasts,
+    estimates,
+    first_of,
+    kept_scores,
+    null_verdicts,
+    shown,
+)
+from .wording import difference, spread, with_interval
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that notebook 06 shows of one track and share of training labels.
+
+    Attributes
+    ----------
+    directory : pathlib.Path
+        outputs/<dataset>/report/
+    track : str
+    train_share : float
+    readouts, scores, table, verdicts : pandas.DataFrame
+        See `choose_readouts`, `kept_scores`, `estimates` and `null_verdicts` of `perturbret.report.compare`.
+    contrasts : pandas.DataFrame
+        See `perturbret.report.compare.contrasts`.
+    chance : dict of str to float
+        Chance of every metric for single cells, micro average.
+    prior : float
+        Share of the most common condition among the single-cell queries.
+    missing : list of str
+        Runs that were expected or begun and have no complete evaluation.
+    warnings : list of str
+        What the reader must know before anything else, in Markdown.
+    suspect, confounded : bool
+        A check of the screen found that labels may be given away, or that batches are (nearly) the conditions: no
+        verdict is given then.
+    checks : list of str
+        Checks of the screen that were run and found nothing, beside the null control.
+    others : list of Report
+        Of further tracks and shares of labels; no method is compared across them.
+    """
+
+    directory: Path
+    track: str
+    train_share: float
+    readouts: pd.DataFrame
+    scores: pd.DataFrame
+    table: pd.DataFrame
+    verdicts: pd.DataFrame
+    contrasts: pd.DataFrame
+    chance: dict
+    prior: float
+    missing: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+    suspect: bool = False
+    confounded: bool = False
+    checks: list = field(default_factory=list)
+    others: list = field(default_factory=list)
+
+    @property
+    def best(self) -> str | None:
+        """The method that reads expression and is best on validation cells under the mask of the headline."""
+        return first_of(self.readouts, LEAK_FREE, "simple", "tuned")
+
+    @property
+    def baseline(self) -> str | None:
+        """The best of the simple opponents that read expression."""
+        return first_of(self.readouts, LEAK_FREE, "simple")
+
+    @property
+    def tuned(self) -> str | None:
+        """The best of scGPT's modes."""
+        return first_of(self.readouts, LEAK_FREE, "tuned")
+
+    @property
+    def nuisance(self) -> str | None:
+        """The best of the opponents that read no expression."""
+        return first_of(self.readouts, LEAK_FREE, "nuisance")
+
+    def rows(self, mask: str = LEAK_FREE, metric: str = "exact_hit@1", average: str = "micro", **others):
+        """Rows of the estimates for one mask, metric and average; `others` are further column = value."""
+        wanted = {"mask": mask, "metric": metric, "average": average, **others}
+        return self.table[np.logical_and.reduce([self.table[key] == value for key, value in wanted.items()])]
+
+    def single(self, mask: str = LEAK_FREE, metric: str = "exact_hit@1", average: str = "micro"):
+        """Rows of the chosen read-outs for single cells, best first."""
+        rows = self.rows(mask, metric, average, query_size=1, primary=True)
+        return rows.sort_values(["estimate", "encoder"], ascending=[False, True])
+
+    def asked(self, question: str, mask: str = LEAK_FREE) -> pd.DataFrame:
+        """Contrasts of one question, by method."""
+        rows = self.contrasts[(self.contrasts["question"] == question) & (self.contrasts["mask"] == mask)]
+        return rows.set_index("encoder")
+
+
+def build_report(
+    screen: Screen,
+    checks: Checks | None = None,
+    *,
+    runs: list | None = None,
+    failed: list | None = None,
+    outputs: str = "",
+    n_resamples: int = 1000,
+) -> Report:
+    """Compare the finished runs of a dataset and write its tables as CSV.
+
+    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv, and
+    as text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
+
+    Parameters
+    ----------
+    screen : Screen
+        Runs made with other data, or by other fitting code than today's, count as missing.
+    checks : perturbret.report.audit.Checks, optional
+        Of the same screen; without them the report says that nothing was checked.
+    runs : list of str, optional
+        Names of the runs to compare; all that are there when empty.
+    failed : list of str, optional
+        Names of runs known to have failed; left out, and named in the report like unfinished ones.
+    outputs : str
+        See `perturbret.runs.runs.outputs_root`.
+    n_resamples : int
+        Resamples of conditions behind intervals and the stability of read-outs; ten sign patterns of paired tests each.
+
+    Raises
+    ------
+    FileNotFoundError
+        No finished run under the mask all_targets.
+    """
+    root = outputs_root(outputs) / screen.name
+    finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=fit_code)
+    finished = [run for run in finished if run.name not in (failed or [])]
+    missing = sorted({*missing, *(failed or [])})
+    arenas = sorted({run.arena for run in finished if run.params["mask"] == LEAK_FREE}, key=_main_first)
+    if not arenas:
+        raise FileNotFoundError(
+            f"{root}: expected at least one finished run with mask {LEAK_FREE}, found {len(finished)} finished runs in "
+            f"all and {len(missing)} unfinished; run `make report` or notebooks 03 and 05"
+        )
+    shared = {"missing": missing, "warnings": ["No check of the screen was run."]}
+    shared |= {"suspect": False, "confounded": False}
+    if checks is not None:
+        shared |= {"warnings": checks.warnings, "suspect": checks.suspect, "confounded": checks.confounded}
+        shared["checks"] = checks.names
+    parts = [
+        _compared(
+            root / "report", arena, [run for run in finished if run.arena == arena], n_resamples, shared
+        )
+        for arena in arenas
+    ]
+    for name, tables in (
+        ("comparison", [part.table for part in parts]),
+        ("differences", [part.contrasts for part in parts]),
+        ("contrasts", [contrast_table(part, "baseline", "adapting", "pretraining") for part in parts]),
+        ("null_control", [part.verdicts for part in parts]),
+        ("readouts", [part.readouts.drop(columns=["available", "request"]) for part in parts]),
+        ("headline", [headline_table(part) for part in parts]),
+    ):
+        for part, table in zip(parts, tables, strict=True):
+            for column in reversed(ARENA):
+                if column not in table:
+                    table.insert(0, column, getattr(part, column))
+        write_table(root / "report" / f"{name}.csv", pd.concat(tables, ignore_index=True))
+    main, *others = parts
+    main.others.extend(others)
+    return main
+
+
+def headline_table(report: Report) -> pd.DataFrame:
+    """A row per method, as a README shows it: single cells, pools of 20, read-out, verdict against the baseline."""
+    mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
+    pooled = report.rows(query_size=20, pooling="scores", primary=True).set_index("encoder")
+    against = report.asked("baseline")["verdict"]
+    roles = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"]
+    return pd.DataFrame(
+        [
+            {
+                "method": shown(row.encoder),
+                "exact_hit@1": with_interval(row),
+                "mrr": f"{mrr[row.encoder]:.3f}",
+                "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
+                if row.encoder in pooled.index
+                else "",
+                "read-out": readout_name(row.scoring, row.library),
+                "verdict": "the baseline"
+                if row.encoder == report.baseline
+                else against.get(row.encoder, roles[row.encoder]),
+            }
+            for row in report.single().itertuples()
+        ]
+    )
+
+
+def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
+    """Paired differences with their verdicts; see `perturbret.report.compare.contrasts`."""
+    rows = report.contrasts[report.contrasts["question"].isin(questions)]
+    rows = rows.sort_values(
+        ["question", "difference"],
+        key=lambda c: c.map(questions.index) if c.name == "question" else -c,
+    )
+    return pd.DataFrame(
+        [
+            {
+                "question": row.question,
+                "method": shown(row.encoder),
+                "against": f"{row.mask} instead of {row.against}"
+                if row.question == "mask"
+                else shown(row.against),
+                "at": readout_name(row.scoring, row.library),
+                "exact_hit@1": f"{row.estimate:.3f} against {row.other:.3f}",
+                "difference": difference(row),
+                "spread": spread(row.spread, row.n_repeats),
+                "verdict": row.verdict + ("" if pd.isna(row.p_holm) else f", p = {row.p_holm:.2g}"),
+                "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
+            }
+            for row in rows.itertuples()
+        ]
+    )
+
+
+def _main_first(arena: tuple) -> tuple:
+    track, share = arena
+    return track != "in_dist", track, -share
+
+
+def _compared(directory: Path, arena: tuple, runs: list[Finished], n_resamples: int, shared: dict) -> Report:
+    readouts = choose_readouts(runs, n_resamples=n_resamples)
+    scores = kept_scores(runs, readouts)
+    verdicts = null_verdicts(runs, readouts)
+    reason = "suspect" if shared["suspect"] else "confounded" if shared["confounded"] else ""
+    table = contrasts(
+        scores,
+        readouts,
+        n_resamples=n_resamples,
+        no_verdict=f"not judged: {reason}" if reason else "",
+    )
+    judge = next(run for run in runs if run.params["mask"] == LEAK_FREE)
+    summary = judge.table("summary").query("query_size == 1 and average == 'micro'")
+    chance = summary.groupby("metric")["chance"].first().to_dict()
+    queries = scores[scores["query_size"] == 1].drop_duplicates("query_id")
+    prior = float(queries["condition"].value_counts(normalize=True).iloc[0])
+    return Report(
+        directory,
+        *arena,
+        readouts,
+        scores,
+        estimates(scores, n_resamples=n_resamples),
+        verdicts,
+        table,
+        chance,
+        prior,
+        **shared,
+    )
+
+
+def save_figure(report: Report, figure, name: str) -> None:
+    """Write a figure of the report as PNG, atomically."""
+    with replacing(report.directory / f"{name}.png") as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def validity(report: Report) -> pd.DataFrame:
+    """Null-control verdict by encoder and mask: runs that hold, INVALID where one does not.
+
+    `detectable` is that of the run which finds least: the smallest leak found with 80% power, infinite for none.
+    """
+    rows = []
+    for (encoder, mask), part in report.verdicts.groupby(["encoder", "mask"]):
+        broken = int((~part["holds"]).sum())
+        verdict = "holds" if not broken else ("LEAK (mask is unsafe)" if mask in UNSAFE else "INVALID")
+        row = {"encoder": encoder, "mask": mask, "runs": len(part), "not holding": broken}
+        row |= {
+            name: part[name].mean()
+            for name in ("estimate", "ci_low", "ci_high", "luck", "class_prior", "chance")
+        }
+        row["detectable"] = part["detectable"].fillna(np.inf).max()
+        rows.append({**row, "verdict": verdict})
+    return pd.DataFrame(rows)
+
+
+def per_condition(report: Report, encoder: str) -> pd.DataFrame:
+    """exact_hit@1 of every condition for one encoder's chosen read-out.
+
+    Returns
+    -------
+    pandas.DataFrame
+        condition; `estimate`, over its cells and the repeats, with a Wilson 95% interval whose size is the number of
+        cells; `base_rate`, how often the condition is ranked first for queries of other conditions: what a leaning
+        towards it would hit; n_cells.
+    """
+    part = _own_singles(report, encoder)
+    first = part["top10"].str.split("|").str[0]
+    rows = []
+    for condition, group in part.groupby("condition"):
+        hits, n = group["exact_hit@1"].mean(), group["query_id"].nunique()
+        low, high = wilson_interval(hits, n)
+        base = (first[part["condition"] != condition] == condition).mean()
+        rows.append((condition, hits, low, high, base, n))
+    return pd.DataFrame(rows, columns=["condition", "estimate", "ci_low", "ci_high", "base_rate", "n_cells"])
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95% interval of a share of `n` (Wilson 1927, J. Am. Stat. Assoc. 22:209)."""
+    z = 1.959964
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # The ends of 0 and 1 are exact, and their sums are off by rounding.
+    return (max(0.0, centre - half) if share > 0 else 0.0), (min(1.0, centre + half) if share < 1 else 1.0)
+
+
+def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
+    """Row-normalised confusion among the `n` conditions that take part in the largest mix-ups."""
+    part = _own_singles(report, encoder)
+    first = part["top10"].str.split("|").str[0]
+    full = pd.crosstab(part["condition"], first, normalize="index")
+    names = sorted(set(full.index) | set(full.columns))
+    full = full.reindex(index=names, columns=names, fill_value=0.0)
+    mixed = full.to_numpy(copy=True)
+    np.fill_diagonal(mixed, 0.0)
+    chosen: list[str] = []
+    for flat in np.argsort(mixed, axis=None)[::-1]:
+        for name in (names[i] for i in np.unravel_index(flat, mixed.shape)):
+            if name not in chosen and len(chosen) < n:
+                chosen.append(name)
+        if len(chosen) == n:
+            break
+    return full.loc[sorted(chosen), sorted(chosen)]
+
+
+def _own_singles(report: Report, encoder: str) -> pd.DataFrame:
+    scores = report.scores
+    chosen = scores["primary"] & (scores["encoder"] == encoder) & (scores["mask"] == LEAK_FREE)
+    return scores[chosen & (scores["query_size"] == 1)]
+
+
+def ensure_runs(screen: Screen, *, outputs: str = "") -> None:
+    """Where a dataset has no finished run under the mask of the headline yet, make two: PCA and logistic regression."""
+    finished, _ = collect(outputs_root(outputs) / screen.name)
+    if any(run.params["mask"] == LEAK_FREE for run in finished):
+        return
+    for encoder in ("pca", "logreg"):
+        run = open_run(screen, encoder=encoder, mask=LEAK_FREE, seed=0, outputs=outputs)
+        evaluate_run(run, libraries=["mean"], query_sizes=[1, 5, 10, 20], poolings=["scores", "embeddings"])

@@ -1,0 +1,284 @@
+"""What follows from the tables, in Markdown sentences computed from them."""
+
+import numpy as np
+import pandas as pd
+
+from ..data.conditions import CTRL
+from ..data.masking import UNSAFE
+from ..evaluation.metrics import coverage_area
+from ..evaluation.nulls import null_limits
+from ..evaluation.readouts import readout_name
+from ..evaluation.stats import measured_coverage
+from ..runs.runs import Run
+from .ablation import Report, validity
+from .audit import targets_findings
+from .compare import CEILING, LEAK_FREE, MIN_REPEATS
+from .wording import bullets, percent, plain, span
+
+MASK_MEANING = {
+    "none": "nothing is masked: a measured target may give its condition away",
+    "own_targets": "every cell's own targets are zeroed. **Unsafe:** the zeros tell which genes were perturbed",
+    "all_targets": "the columns matched to targets of all conditions are removed from every cell",
+}
+
+
+def setting(run: Run) -> str:
+    """Mask, split and candidates of a run."""
+    prepared, policy = run.prepared, run.params["mask"]
+    removed = len({int(column) for columns in prepared.columns.values() for column in columns})
+    train, val, query = (len(prepared.where(role)) for role in ("train", "val", "query"))
+    lines = [
+        f"**Mask `{policy}`**: {MASK_MEANING[policy]}. {removed} of {run.screen.n_genes:,} panel genes are targets "
+        "of some condition or are masked with one.",
+        *targets_findings(run.screen),
+        f"**Split `{run.split.id}`** ({run.split.hash[:12]}): {train:,} training, {val:,} validation and {query:,} "
+        f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls.",
+        f"**Candidates `train`**: the {len(prepared.candidates)} conditions seen in training.",
+    ]
+    return bullets(lines)
+
+
+def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) -> str:
+    """What the fit chose and reached on validation cells."""
+    row = _one(validation, library, scoring, "exact_hit@1", "micro")
+    chosen = run.manifest["fit"]["chosen"]
+    if "settings" in run.params:  # dozens, of which most are as the recipe says
+        chosen = {name: chosen[name] for name in ("mode", "init", *run.params["search"], "stop_epochs")}
+    settings = ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing to choose"
+    lines = [
+        f"Settings chosen on validation: {settings}.",
+        f"Best read-out there: {readout_name(scoring, library)}, exact_hit@1 **{percent(row.estimate)}** "
+        f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
+        f"The encoder and its null twin are saved in `{run.directory.name}/`. Notebook 05 judges them on query cells, "
+        f"given the same dataset, mask, seed and search, `encoder` {run.params['encoder']} and `run` "
+        f"{run.directory.name}.",
+    ]
+    return bullets(lines)
+
+
+def evaluation_summary(
+    run: Run, summary: pd.DataFrame, null: pd.DataFrame, library: str, scoring: str
+) -> str:
+    """What one evaluation shows: single cells, pooled cells, null control."""
+    single = summary[summary["query_size"] == 1]
+    row = _one(single, library, scoring, "exact_hit@1", "micro")
+    macro = _one(single, library, scoring, "exact_hit@1", "macro")
+    lines = [
+        f"Single cells, {readout_name(scoring, library)}: the true condition is first for **{percent(row.estimate)}** "
+        f"{span(row.ci_low, row.ci_high)} (macro {percent(macro.estimate)}); chance {percent(row.chance)}."
+    ]
+    pooled = summary.query("metric == 'exact_hit@1' and average == 'micro' and query_size > 1")
+    pooled = pooled[(pooled["library"] == library) & (pooled["scoring"] == scoring)]
+    pooled = pooled[pooled["pooling"] == "scores"]
+    if len(pooled):
+        top = pooled.sort_values("query_size").iloc[-1]
+        lines.append(
+            f"Pools of {top.query_size} cells, {top.pooling} pooled: {percent(top.estimate)} "
+            f"{span(top.ci_low, top.ci_high)} over {top.n_conditions} conditions."
+        )
+    control = null[(null["library"] == library) & (null["scoring"] == scoring)].iloc[0]
+    state = "above luck" if control.p_value < 0.01 else "in line with luck"
+    lines.append(
+        f"Null control: shuffled labels reach {percent(control.estimate)} {span(control.ci_low, control.ci_high)}, "
+        f"luck {percent(control.luck)} (p = {control.p_value:.3g}): {state}. {null_limits(control)}"
+    )
+    if run.params["mask"] in UNSAFE:
+        lines.append(
+            f"**`{run.params['mask']}` is unsafe**: this page shows the leak; its hit rates are no evidence."
+        )
+    return bullets(lines)
+
+
+def confidence(margin: pd.Series, hit: pd.Series) -> str:
+    """Area under the coverage-accuracy curve beside what an uninformative margin gives."""
+    area = coverage_area(margin.to_numpy(), hit.to_numpy())
+    return (
+        f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all "
+        f"queries."
+    )
+
+
+def headline(report: Report) -> str:
+    """The answer, in Markdown, warnings first: who is first, against whom, what the null control and the checks say."""
+    lines = [f"**{line}**" if not line.startswith("**") else line for line in report.warnings]
+    lines += [*_best_lines(report), *_tuned_lines(report), *_ceiling_lines(report), *_null_lines(report)]
+    return bullets([*lines, *_interval_lines(report), *_missing_lines(report)])
+
+
+def _best_lines(report: Report) -> list[str]:
+    """The method that validation puts first, its verdict, its excess over what reads no expression."""
+    luck = (
+        f"chance is {percent(report.chance['exact_hit@1'])}, always naming the most common condition "
+        f"{percent(report.prior)}"
+    )
+    if report.best is None:
+        return [
+            f"**No method that reads expression was run** with mask `{LEAK_FREE}`: nothing is compared; {luck}."
+        ]
+    row = _row(report, report.best)
+    at = f"{row.n_queries:,} query cells, {row.n_conditions} conditions, {_times(row.n_repeats, 'seed')}"
+    if reason := _no_conclusion(report):
+        line = f"**No method is named best: {reason}.** Mask `{LEAK_FREE}`, {at}; {luck}."
+        return [line, *_nuisance_lines(report)]
+    macro = report.single(average="macro").set_index("encoder").loc[row.encoder]
+    choice = report.readouts.query("encoder == @row.encoder and mask == @LEAK_FREE").iloc[0]
+    best_of = f", best of {choice.n_readouts} read-outs" if choice.n_readouts > 1 else ""
+    lines = [
+        f"**First on validation cells, mask `{LEAK_FREE}`: {plain(row.encoder)}** "
+        f"({readout_name(row.scoring, row.library)}{best_of}). On query cells it ranks the right condition first for "
+        f"**{percent(row.estimate)}** of single cells {span(row.ci_low, row.ci_high)}, macro over conditions "
+        f"{percent(macro.estimate)}; {luck}. {at}."
+    ]
+    return [*lines, *_baseline_lines(report), *_nuisance_lines(report)]
+
+
+def _baseline_lines(report: Report) -> list[str]:
+    """Every method's verdict against the baseline, in lists."""
+    against = report.asked("baseline")
+    if report.baseline is None:
+        return [
+            "No simple opponent was run: there is no baseline, and scGPT's modes have nothing to be judged by."
+        ]
+    lists = [
+        f"{verdict}: {', '.join(plain(name) for name in part.index)}"
+        for verdict, part in against.groupby("verdict", sort=True)
+    ]
+    return [
+        f"**Against {plain(report.baseline)}**, the best simple opponent on validation cells, on the same query "
+        f"cells and at one read-out for both: {'; '.join(lists) or 'no other method was run'}."
+    ]
+
+
+def _nuisance_lines(report: Report) -> list[str]:
+    if report.nuisance is None:
+        return ["No nuisance opponent (batch, library size, prior) was run: what they reach is not known."]
+    reached = percent(_row(report, report.nuisance).estimate)
+    excess = report.asked("nuisance")
+    line = f"**{plain(report.nuisance)}, which reads no expression**, reaches {reached}"
+    if report.best in excess.index and not _no_conclusion(report):
+        found = excess.loc[report.best]
+        line += f"; {plain(report.best)} {percent(found.difference, True)} {span(found.low, found.high, True)} more"
+    return [line + "."]
+
+
+def _tuned_lines(report: Report) -> list[str]:
+    """scGPT's best mode against the baseline, against frozen, and against random weights."""
+    if report.tuned is None or _no_conclusion(report):
+        return []
+    row, parts = _row(report, report.tuned), []
+    for question, named in (
+        ("baseline", "{}"),
+        ("adapting", "frozen ({})"),
+        ("pretraining", "random weights ({})"),
+    ):
+        found = report.asked(question)
+        if report.tuned in found.index:
+            one = found.loc[report.tuned]
+            parts.append(
+                f"against {named.format(plain(one.against))} {percent(one.difference, True)} "
+                f"{span(one.low, one.high, True)} at {readout_name(one.scoring, one.library)}, {one.verdict}"
+            )
+    return [
+        f"**scGPT's best mode** on validation cells is {plain(report.tuned)}, "
+        f"{readout_name(row.scoring, row.library)}, {percent(row.estimate)}{': ' if parts else ''}{'; '.join(parts)}."
+    ]
+
+
+def _ceiling_lines(report: Report) -> list[str]:
+    ceiling = report.single()
+    ceiling = ceiling[ceiling["encoder"] == CEILING]
+    return [
+        f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(row.estimate)}."
+        for row in ceiling.itertuples()
+    ]
+
+
+def _null_lines(report: Report) -> list[str]:
+    """What was checked, what it can find, what it found; of the unsafe mask, how much it leaks."""
+    found = validity(report)
+    safe, unsafe = found[~found["mask"].isin(UNSAFE)], found[found["mask"].isin(UNSAFE)]
+    bad, runs = safe[safe["verdict"] == "INVALID"], int(safe["runs"].sum())
+    own = report.verdicts[~report.verdicts["mask"].isin(UNSAFE)]
+    weakest = own.loc[own["detectable"].fillna(np.inf).idxmax()]
+    held = runs - int(safe["not holding"].sum())
+    line = (
+        f"**Null control** (labels permuted, same pipeline; masks {', '.join(sorted(set(safe['mask'])))}): holds in "
+        f"{held} of {_times(runs, 'run')}. {null_limits(weakest, runs)}"
+    )
+    if len(bad):
+        names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())
+        line += f" **INVALID: {names}.**"
+    lines = [line]
+    if not len(bad) and not report.warnings:
+        ran = ", ".join([*report.checks, "null control"])
+        lines.append(f"**No leak was found by the checks that were run**: {ran}.")
+    if unsafe["not holding"].any():
+        worst = unsafe.loc[(unsafe["estimate"] - unsafe["luck"]).idxmax()]
+        broken, among = int(unsafe["not holding"].sum()), _times(int(unsafe["runs"].sum()), "run")
+        lines.append(
+            f"**`own_targets` leaks the label** in {broken} of {among}: with labels that mean nothing, "
+            f"{plain(worst['encoder'])} still reaches {percent(worst['estimate'])} "
+            f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])}. Numbers under "
+            f"`own_targets` are not evidence."
+        )
+    return lines
+
+
+def _interval_lines(report: Report) -> list[str]:
+    """How often intervals of this kind hold the truth with so many conditions, and what a verdict takes."""
+    row = report.single().iloc[0]
+    if row.n_conditions < 2:
+        return ["There are no intervals: a single condition was asked for."]
+    alone, paired = (measured_coverage(row.n_conditions, "micro", paired=kind) for kind in (False, True))
+    return [
+        f"**Intervals** (95%) are over {row.n_conditions} conditions and the seeds. On simulated screens of "
+        f"{alone.n_conditions} conditions such intervals held the truth in {percent(alone.measured)} of cases, "
+        f"those of differences in {percent(paired.measured)} (lowest over kinds of screens: {percent(alone.lowest)}, "
+        f"{percent(paired.lowest)}). A verdict takes a Holm-adjusted paired p "
+        f"below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
+    ]
+
+
+def _missing_lines(report: Report) -> list[str]:
+    return [f"**Missing**: {', '.join(report.missing)} did not finish."] if report.missing else []
+
+
+def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
+    """What follows for somebody who must act on it: how far hit rates differ, what pooling and a short list bring."""
+    worst, median, top = (conditions["estimate"].quantile(q) for q in (0, 0.5, 1))
+    named = plain(conditions.loc[conditions["estimate"].idxmax(), "condition"])
+    five = report.single(metric="exact_hit@5").set_index("encoder").loc[encoder]
+    lines = [
+        f"Hit rates of {plain(encoder)} per condition run from {percent(worst)} to {percent(top)} ({named}), half of "
+        f"them above {percent(median)}.",
+        f"A list of five conditions holds the right one for {percent(five.estimate)} {span(five.ci_low, five.ci_high)} "
+        f"of single cells; chance is {percent(report.chance['exact_hit@5'])}.",
+    ]
+    pooled = report.rows(average="macro", pooling="scores", encoder=encoder, primary=True)
+    for row in pooled.sort_values("query_size").tail(1).itertuples():
+        lines.append(
+            f"Pools of {row.query_size} cells of one condition, scores pooled: {percent(row.estimate)} "
+            f"{span(row.ci_low, row.ci_high)} (macro, {row.n_queries} queries of the {row.n_conditions} conditions "
+            f"with so many query cells)."
+        )
+    return bullets(lines)
+
+
+def _no_conclusion(report: Report) -> str:
+    reasons = [("suspect", "labels may be given away"), ("confounded", "batches and conditions go together")]
+    return "; ".join(f"{name} ({why})" for name, why in reasons if getattr(report, name))
+
+
+def _row(report: Report, encoder: str):
+    return report.single().query("encoder == @encoder").iloc[0]
+
+
+def _times(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _one(table: pd.DataFrame, library: str, scoring: str, metric: str, average: str):
+    wanted = {"library": library, "scoring": scoring, "metric": metric, "average": average}
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return table.iloc[0]

@@ -1,0 +1,168 @@
+"""One run = one encoder under one mask, split and seed: its directory, its manifest, reuse without surprises."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ..data.prepared import Prepared, prepare
+from ..data.screen import Screen
+from ..data.splits import Split, get_split
+from ..files.atomic import replacing
+from ..files.places import CHECKOUT
+
+TUNED = "scgpt"  # the encoder that perturbret.scgpt.modes fits; all others are opponents
+
+
+class RunExists(ValueError):
+    """A run of that name was made with other parameters."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory with everything needed to fit or evaluate in it.
+
+    Attributes
+    ----------
+    directory : pathlib.Path
+        outputs/<dataset>/<run>/
+    params : dict
+        Resolved parameters; equal parameters on equal data give equal results.
+    screen : Screen
+    split : Split
+    prepared : Prepared
+    """
+
+    directory: Path
+    params: dict
+    screen: Screen
+    split: Split
+    prepared: Prepared
+
+    @property
+    def manifest(self) -> dict:
+        """Content of manifest.json; empty where there is none yet."""
+        return read_manifest(self.directory)
+
+
+def outputs_root(outputs: str = "") -> Path:
+    """The outputs directory: the argument, else PERTURBRET_OUTPUTS, else `outputs` of the checkout."""
+    named = outputs or os.environ.get("PERTURBRET_OUTPUTS", "")
+    if named:
+        return Path(named).expanduser().resolve()
+    return (CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()) / "outputs"
+
+
+def run_name(
+    encoder: str, mask: str, seed: int, settings: dict | None = None, train_share: float = 1.0
+) -> str:
+    """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0`."""
+    settings = settings or {}
+    parts = [encoder.replace(":", ".")]
+    parts += [settings["mode"]] if "mode" in settings else []
+    parts += ["random"] if settings.get("init") == "random" else []
+    share = f"-share{train_share:g}" if train_share != 1 else ""
+    return f"{'_'.join(parts)}-{mask}-seed{seed}{share}"
+
+
+def open_run(
+    screen: Screen,
+    *,
+    encoder: str,
+    mask: str,
+    seed: int,
+    track: str = "in_dist",
+    search: dict | None = None,
+    settings: dict | None = None,
+    train_share: float = 1.0,
+    run: str = "",
+    outputs: str = "",
+    overwrite: bool = False,
+) -> Run:
+    """Make ready the directory, split and masked cells of a run.
+
+    Parameters
+    ----------
+    screen : Screen
+    encoder, mask, track : str
+    seed : int
+        Seeds the split, the fit and the null control.
+    search : dict, optional
+        Hyperparameter values to choose among on validation, name to list.
+    settings : dict, optional
+        Of an encoder that has some (`perturbret.scgpt.settings`); None: those of the run that is there. For
+        05, which only judges.
+    train_share : float
+        Share of each condition's training cells whose labels are used.
+    run : str
+        Name of the directory; empty for `run_name(...)`.
+    outputs : str
+        See `outputs_root`.
+    overwrite : bool
+        Allow a run of the same name with other parameters to be replaced.
+
+    Raises
+    ------
+    RunExists
+        The directory holds a run with other parameters or other data, and `overwrite` is false.
+    SplitMismatch
+        The split that is there belongs to other data or settings.
+    ValueError
+        An encoder with settings was asked for without them where none was fitted; unknown mask or track.
+    """
+    root = outputs_root(outputs) / screen.name
+    directory = root / (run or run_name(encoder, mask, seed, settings, train_share))
+    split = get_split(screen, track=track, seed=seed, directory=root / "splits")
+    prepared = prepare(screen, split, mask=mask, train_share=train_share)
+    params = {"dataset": screen.name, "encoder": encoder, "mask": mask, "track": track, "seed": int(seed)}
+    params["search"] = search or {}
+    made = read_manifest(directory).get("fit")
+    if settings is None and made and made["params"]["encoder"] == encoder:
+        settings = made["params"].get("settings")
+    if settings is not None:
+        params["settings"] = settings
+    elif encoder == TUNED:
+        there = sorted(path.parent.name for path in root.glob(f"{TUNED}_*/manifest.json"))
+        raise ValueError(
+            f"{directory.name}: expected a run of {encoder} that notebook 04 fitted, got none; in {root}: "
+            f"{', '.join(there) or 'no such run'}. Name one with run="
+        )
+    params = json.loads(json.dumps(params))  # as the manifest gives them back: a tuple is a list
+    if made and not overwrite:
+        asked = {**params, **asdict(prepared.context)}
+        there = {**made["params"], **made["context"]}
+        for name, value in asked.items():
+            if there.get(name) != value:
+                raise RunExists(
+                    f"{directory.name}: the run there has {name}={there.get(name)!r}, asked for {value!r}; "
+                    f"give another run name, or overwrite=True to replace it"
+                )
+    return Run(directory, params, screen, split, prepared)
+
+
+def read_manifest(directory: Path) -> dict:
+    """Content of a run's manifest.json; empty where there is none."""
+    path = Path(directory) / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV atomically, floats with enough digits to read back what matters (9)."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g")
+
+
+def announce(screen: Screen) -> None:
+    """Show what data this notebook works on; a simulated screen puts a banner on the page."""
+    from IPython.display import display
+
+    line = (
+        f"**{screen.name}**: {screen.n_cells:,} cells × {screen.n_genes:,} genes, {len(screen.conditions)} conditions; "
+        f"fingerprint `{screen.fingerprint[:12]}`"
+    )
+    bundle = {"text/markdown": line, "application/vnd.perturbret+json": {"simulated": screen.simulated}}
+    if screen.simulated:
+        bundle["text/markdown"] = "**SIMULATED DATA** — " + line
+    display(bundle, raw=True)

@@ -1,0 +1,129 @@
+"""outputs/index.html: links to every report and every run that is there."""
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+from ..files.atomic import write_text
+from .grid import AUDIT, REPORT, VOCAB
+from .html import BANNERED, index_page
+from .superseded import Made, fingerprint_of, other_data, read_record
+
+PAGES = "[0-9][0-9]_*.html"
+RUN_NAME = re.compile(r"(?P<recipe>.+?)-(?P<mask>\w+)-(?P<rest>seed\d+.*)")
+# Directories of a dataset that hold no run.
+OTHERS = ("report", "audit", "vocab")
+
+
+def write_index(outputs: str | Path) -> Path:
+    """Write index.html, atomically, from what lies in the outputs directory; the newest report comes first.
+
+    Returns
+    -------
+    Path
+        Of the page.
+    """
+    outputs = Path(outputs)
+    folders = {page.parent.parent for page in outputs.glob(f"*/*/{PAGES}")}
+    folders |= {page.parent.parent.parent for page in outputs.glob(f"*/*/failed/{PAGES}")}
+    newest = sorted(folders, key=lambda folder: (-_time(folder / "report" / f"{REPORT}.html"), folder.name))
+    page = outputs / "index.html"
+    write_text(page, index_page([_dataset(folder, outputs) for folder in newest]))
+    return page
+
+
+def _dataset(folder: Path, outputs: Path) -> dict:
+    plan = _read(folder / "report" / "plan.json")
+    other = {made.path.name for made in _of_other_data(folder) if made.path.is_dir()}
+    report, audit = folder / "report" / f"{REPORT}.html", folder / "audit" / f"{AUDIT}.html"
+    others = [("what is in the data", audit), ("which genes scGPT knows", folder / "vocab" / f"{VOCAB}.html")]
+    others += [(name, folder / "report" / name) for name in ("comparison.csv", "workflow.log")]
+    runs = {page.parent.name for page in folder.glob(f"*/{PAGES}")}
+    runs |= {page.parent.parent.name for page in folder.glob(f"*/failed/{PAGES}")}
+    listed = list(plan.get("runs", []))
+    runs -= other
+    older = sorted(runs - set(listed) - set(OTHERS))
+    columns, rows = _table(folder, [name for name in listed if name in runs], outputs)
+    old_columns, old_rows = _table(folder, older, outputs)
+    return {
+        "name": folder.name,
+        "simulated": plan.get("simulated") or any(_bannered(page) for page in (report, audit)),
+        "report": _address(report, outputs) if report.exists() and "report" not in other else None,
+        "others": [
+            (text, _address(path, outputs))
+            for text, path in others
+            if path.exists() and path.parent.name not in other
+        ],
+        "other_data": sorted(other),
+        "failed": [
+            (f"{page.parent.parent.name} {page.stem}", _address(page, outputs), _reason(page))
+            for page in sorted(folder.glob(f"*/failed/{PAGES}"))
+            if page.parent.parent.name not in other
+        ],
+        "tables": [
+            (title, columns, rows)
+            for title, columns, rows in (
+                ("Runs", columns, rows),
+                ("Other runs, not part of the last report", old_columns, old_rows),
+            )
+            if rows
+        ],
+    }
+
+
+def _of_other_data(folder: Path) -> list[Made]:
+    """What was made from other data than the dataset's own of today, as far as its results tell (see `superseded`)."""
+    recorded = read_record(folder).get("fingerprint")
+    if recorded is None:  # never a workflow's: the data of the newest run count
+        newest = max(folder.glob("*/manifest.json"), key=_time, default=None)
+        recorded = newest and fingerprint_of(newest.parent)
+    return [] if recorded is None else other_data(folder, recorded, recorded)
+
+
+def _table(folder: Path, runs: list[str], outputs: Path) -> tuple[list[str], list[dict]]:
+    """Recipes down, masks across, seeds within a cell; runs with other names get a row of their own."""
+    rows: dict[str, dict[str, list]] = {}
+    for run in runs:
+        match = RUN_NAME.fullmatch(run)
+        name, column, label = (match["recipe"], match["mask"], match["rest"]) if match else (run, "", "")
+        pages = sorted([*(folder / run).glob(PAGES), *(folder / run).glob(f"failed/{PAGES}")])
+        links = [
+            (
+                page.stem[:2] + (" failed" if page.parent.name == "failed" else ""),
+                _address(page, outputs),
+                page,
+            )
+            for page in sorted(pages, key=lambda page: page.name)
+        ]
+        links = [(text, address, page.parent.name == "failed") for text, address, page in links]
+        rows.setdefault(name, {}).setdefault(column, []).append((label.replace("seed", "seed "), links))
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    return columns, [
+        {"name": name, "cells": [cells.get(column, []) for column in columns]} for name, cells in rows.items()
+    ]
+
+
+def _address(path: Path, outputs: Path) -> str:
+    return quote(path.relative_to(outputs).as_posix())
+
+
+def _reason(page: Path) -> str:
+    """What stopped a failed notebook: its last traceback's last line."""
+    cells = _read(page.with_suffix(".ipynb")).get("cells", [])
+    errors = [
+        output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "error"
+    ]
+    return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".partition("\n")[0] if errors else ""
+
+
+def _bannered(page: Path) -> bool:
+    return page.exists() and BANNERED in page.read_text(encoding="utf-8")
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
