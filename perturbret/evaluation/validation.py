@@ -31,6 +31,8 @@ class Fitted:
         One row per epoch, for what is trained in epochs by `perturbret.scgpt.modes`.
     checks : dict
         What was proved of the encoder, for the manifest.
+    wall_s : float
+        Seconds that the fit took, for the manifest.
     """
 
     encoder: object
@@ -38,6 +40,7 @@ class Fitted:
     chosen: dict
     history: pd.DataFrame | None = None
     checks: dict = field(default_factory=dict)
+    wall_s: float = 0.0
 
 
 def best_readout(

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from ..data.prepared import Prepared, prepare
+from ..data.screen import Screen
 from ..data.sources import CheckpointNotFound, find_checkpoint
 from ..encoders.base import load_encoder, without_cache
 from ..encoders.baselines import fit_baseline, fit_functions
@@ -21,46 +22,83 @@ from ..evaluation.validation import Fitted
 from ..files.atomic import replacing, write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
 from ..scgpt.settings import Settings
-from .runs import TUNED, Run, write_table
+from .progress import Progress
+from .runs import TUNED, Run, open_run, outputs_root, read_manifest, write_table
 
 # A fit starts from masked cells whose content is hashed (`Context.cells_hash`) and from checkpoints hashed by content:
 # whatever makes these may change without making an encoder stale that was fitted on the same.
 _HASHED_BY_CONTENT = ("files.atomic", "files.downloads", "data", "alignment.chunks", "alignment.remapping")
 # Pseudo-bulks and bootstrap libraries of query cells are the same for every seed, as the query cells are.
 QUERY_SEED = 0
+# The run of somebody who tries things in JupyterLab.
+SCRATCH = "scratch"
+_JUDGED = {"encoder": "pca", "mask": "all_targets", "track": "in_dist", "seed": 0, "search": {}}
 _VALIDATION = ("evaluation.judge:evaluate", "evaluation.judge:summarise")
 
 
 def fit_run(run: Run) -> pd.DataFrame:
-    """Fit the run's encoder and its null twin, or keep those that are there.
+    """Fit the run's encoder and its null twin and save both, or keep those that are there; see `fit`, `save_run`."""
+    return save_run(run, fit(run))
 
-    An encoder is kept when it was made with the same parameters, data and fitting code. Validation scores of
-    every read-out are written beside it; query cells are not touched. Several processes (accelerate, torchrun) fit
-    together, and one of them writes.
+
+def fit(run: Run) -> Fitted:
+    """The run's encoder: the saved one where it was made with the same parameters, data and code, else fitted anew.
+
+    Nothing is saved but the state of a training under way, which the next call goes on from. Query cells are not
+    touched. Several processes (accelerate, torchrun) fit together.
+    """
+    if not _kept(run):
+        started = time.perf_counter()
+        fitted = _fit(run, run.prepared, "encoder")
+        return replace(fitted, wall_s=time.perf_counter() - started)
+    made, history = run.manifest["fit"], run.directory / "history.csv"
+    return Fitted(
+        load_encoder(run.directory, cache=cache_directory(run)),
+        pd.read_csv(run.directory / "selection.csv"),
+        made["chosen"],
+        pd.read_csv(history) if history.exists() else None,
+        made["checks"],
+    )
+
+
+def save_run(
+    run: Run, fitted: Fitted, scores: pd.DataFrame | None = None, summary: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Fit the null twin with the settings that were chosen, and write all files of a run; of several processes, one.
+
+    Parameters
+    ----------
+    run : Run
+    fitted : Fitted
+        From `fit`; one that was read from the run's directory is not written again.
+    scores, summary : pandas.DataFrame, optional
+        `evaluate` and `summarise` of every read-out of single validation cells, where that was done before.
 
     Returns
     -------
     pandas.DataFrame
         The hyperparameter settings tried, with validation exact_hit@1 and the choice.
+
+    Raises
+    ------
+    ContextMismatch
+        The encoder was fitted on other cells than those of the run.
     """
-    code = fit_code(run.params, run.manifest.get("fit", {}).get("code", ""))
-    twin = null_twin(run)
-    contexts = {"context": asdict(run.prepared.context), "null_context": asdict(twin.context)}
-    made = run.manifest.get("fit")
-    same = made and made["params"] == run.params and all(made.get(key) == contexts[key] for key in contexts)
-    if same and made["code"] == code and _intact(run.directory, made):
+    fitted.encoder.context.check(run.prepared.context)
+    # Only what was saved and read back has passed this check.
+    if "reloaded_equal" in fitted.checks and _kept(run):
+        made = run.manifest["fit"]
         if made["validation_code"] != _code(*_VALIDATION):
-            _validate(run, load_encoder(run.directory, cache=cache_directory(run)))
+            _validate(run, fitted.encoder, scores, summary)
             made["validation_code"] = _code(*_VALIDATION)
             write_json(run.directory / "manifest.json", {**run.manifest, "fit": made})
-        return pd.read_csv(run.directory / "selection.csv")
+        return fitted.selection
     started, code = time.perf_counter(), fit_code(run.params)
+    twin = null_twin(run)
     # Of several processes that train together, the first writes.
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
         (run.directory / "manifest.json").unlink(missing_ok=True)
-    fitted = _fit(run, run.prepared, "encoder")
-    if leads:
         fitted.encoder.save(run.directory / "encoder")
     # Of an ensemble one member: what gives labels away gives them to each.
     alone = {"members": 1} if "members" in fitted.chosen else {}
@@ -69,7 +107,7 @@ def fit_run(run: Run) -> pd.DataFrame:
         return fitted.selection
     null.encoder.save(run.directory / "null_encoder")
     checks = {**fitted.checks, "reloaded_equal": _reloaded(run, fitted.encoder)}
-    _validate(run, fitted.encoder)
+    _validate(run, fitted.encoder, scores, summary)
     write_table(run.directory / "selection.csv", fitted.selection)
     if fitted.history is None:
         (run.directory / "history.csv").unlink(missing_ok=True)
@@ -78,14 +116,15 @@ def fit_run(run: Run) -> pd.DataFrame:
     write_text(run.directory / "params.yaml", yaml.safe_dump(run.params, sort_keys=False))
     fit = {
         "params": run.params,
-        **contexts,
+        "context": asdict(run.prepared.context),
+        "null_context": asdict(twin.context),
         "chosen": fitted.chosen,
         "checks": checks,
         "code": code,
         "validation_code": _code(*_VALIDATION),
         "encoder_sha256": directory_hash(run.directory / "encoder"),
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
-        "wall_s": round(time.perf_counter() - started, 2),
+        "wall_s": round(fitted.wall_s + time.perf_counter() - started, 2),
     }
     write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment(_device(run.params))})
     for name in ("encoder", "null_encoder"):
@@ -93,14 +132,65 @@ def fit_run(run: Run) -> pd.DataFrame:
     return fitted.selection
 
 
-def _validate(run: Run, encoder) -> None:
+def _kept(run: Run) -> bool:
+    """Whether what lies in the run's directory was made with the same parameters, data and code, and is whole."""
+    made = run.manifest.get("fit")
+    if not made or made["params"] != run.params or made["context"] != asdict(run.prepared.context):
+        return False
+    code = fit_code(run.params, made["code"])
+    return made["code"] == code and _intact(run.directory, made)
+
+
+def notebook_run(run: str, overwrite: bool) -> dict:
+    """Where a notebook saves: `run` and `overwrite` for `open_run`.
+
+    In JupyterLab, unless a name is given, that is the run `scratch`, which the next fit replaces and no report reads.
+    """
+    if run or "JPY_SESSION_NAME" not in os.environ:  # set by Jupyter's server for kernels that it starts
+        return {"run": run, "overwrite": overwrite}
+    return {"run": SCRATCH, "overwrite": True}
+
+
+def open_saved(screen: Screen, *, run: str = "", outputs: str = "", overwrite: bool = False, **asked) -> Run:
+    """Open a run to judge it, whatever encoder it holds.
+
+    Parameters
+    ----------
+    screen, run, outputs, overwrite
+        See `open_run`. In JupyterLab, where neither a run nor an encoder is named, the run `scratch` if there is one.
+    asked : encoder, mask, track, seed and search
+        What is left empty, or a seed below 0, is as in the run that was named; without one, as in `_JUDGED`.
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither is there a run of that name nor was an encoder named.
+    """
+    root = outputs_root(outputs) / screen.name
+    if not run and not asked["encoder"] and (root / SCRATCH / "manifest.json").exists():
+        run = notebook_run(run, overwrite)["run"]
+    made = read_manifest(root / run).get("fit", {}).get("params", {}) if run else {}
+    if run and not made and not asked["encoder"]:
+        there = sorted(path.parent.name for path in root.glob("*/manifest.json"))
+        raise FileNotFoundError(
+            f"{root / run}: expected a run that notebook 03 or 04 saved, got none; there: {', '.join(there) or 'none'}"
+        )
+    given = {name: value for name, value in asked.items() if value not in ("", {}) and value != -1}
+    known = {name: made[name] for name in _JUDGED if name in made}
+    return open_run(screen, **{**_JUDGED, **known, **given}, run=run, outputs=outputs, overwrite=overwrite)
+
+
+def _validate(run: Run, encoder, scores=None, summary=None) -> None:
     """Judge every read-out on validation cells: validation_scores.parquet, a row per cell, and validation.csv."""
     seed = run.params["seed"]
-    scores = evaluate(encoder, run.prepared, role="val", query_sizes=(1,), seed=seed)
+    if scores is None:
+        scores = evaluate(encoder, run.prepared, role="val", query_sizes=(1,), seed=seed)
     kept = ["query_id", "condition", "library", "scoring", "exact_hit@1", "mrr"]
     with replacing(run.directory / "validation_scores.parquet") as temporary:
         scores[kept].to_parquet(temporary, index=False)
-    write_table(run.directory / "validation.csv", summarise(scores, seed=seed))
+    write_table(
+        run.directory / "validation.csv", summarise(scores, seed=seed) if summary is None else summary
+    )
 
 
 def _device(params: dict) -> str:
@@ -121,7 +211,7 @@ def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> 
     return fit_scgpt(
         prepared,
         **options,
-        report=print if name == "encoder" else lambda line: print(f"null twin: {line}"),
+        report=Progress("" if name == "encoder" else "null twin"),
         settings=run.params.get("settings"),
         cache=cache_directory(run),
         state=_state(run, name),
