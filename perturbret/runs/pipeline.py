@@ -49,10 +49,12 @@ def fit_run(run: Run) -> pd.DataFrame:
     made = run.manifest.get("fit")
     same = made and made["params"] == run.params and all(made.get(key) == contexts[key] for key in contexts)
     if same and made["code"] == code and _intact(run.directory, made):
+        identity = run.identity.as_json()
         if made["validation_code"] != _code(*_VALIDATION):
             _validate(run, load_encoder(run.directory, cache=cache_directory(run)))
             made["validation_code"] = _code(*_VALIDATION)
-            write_json(run.directory / "manifest.json", {**run.manifest, "fit": made})
+        if run.manifest != {**run.manifest, "identity": identity, "fit": made}:
+            write_json(run.directory / "manifest.json", {**run.manifest, "identity": identity, "fit": made})
         return pd.read_csv(run.directory / "selection.csv")
     started, code = time.perf_counter(), fit_code(run.params)
     # Of several processes that train together, the first writes.
@@ -87,7 +89,12 @@ def fit_run(run: Run) -> pd.DataFrame:
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(time.perf_counter() - started, 2),
     }
-    write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment(_device(run.params))})
+    manifest = {
+        "identity": run.identity.as_json(),
+        "fit": fit,
+        "environment": environment(_device(run.params)),
+    }
+    write_json(run.directory / "manifest.json", manifest)
     for name in ("encoder", "null_encoder"):
         shutil.rmtree(_state(run, name).parent, ignore_errors=True)
     return fitted.selection
