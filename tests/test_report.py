@@ -15,7 +15,6 @@ from perturbret.data.simulate import simulate_screen
 from perturbret.encoders.base import load_encoder
 from perturbret.report import ablation as report
 from perturbret.report import compare, sentences, tables
-from perturbret.report.ablation import ensure_runs
 from perturbret.report.wording import percent
 from perturbret.runs import runs
 from perturbret.runs.pipeline import evaluate_run, fit_run
@@ -77,7 +76,9 @@ def test_a_run_leaves_every_artifact_of_the_design(screen, outputs):
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["fit"]["params"]["encoder"] == "pca"
     assert manifest["fit"]["context"]["fingerprint"] == screen.fingerprint
-    assert set(manifest) == {"fit", "environment", "evaluation"}
+    assert set(manifest) == {"identity", "fit", "environment", "evaluation"}
+    identity = opened(screen, outputs).identity
+    assert runs.Identity.read(manifest) == identity and identity.method == "pca" and identity.seed == 0
 
 
 def test_embeddings_are_those_of_the_saved_encoder(screen, outputs):
@@ -280,17 +281,10 @@ def test_no_leak_free_run_is_an_error(screen, outputs):
         report.build_report(screen, runs=["pca-own_targets-seed0"], outputs=str(outputs))
 
 
-def test_a_report_alone_makes_the_runs_that_it_needs(screen, tmp_path):
-    ensure_runs(screen, outputs=str(tmp_path))
-    finished, _ = compare.collect(tmp_path / screen.name)
-    assert {run.params["encoder"] for run in finished} == {"pca", "logreg"}
-    made = {run.name: run.manifest["environment"]["finished"] for run in finished}
-    ensure_runs(screen, outputs=str(tmp_path))
-    again = {
-        run.name: run.manifest["environment"]["finished"]
-        for run in compare.collect(tmp_path / screen.name)[0]
-    }
-    assert again == made
+def test_where_nothing_was_run_the_report_names_the_notebooks_and_makes_nothing(screen, tmp_path):
+    with pytest.raises(FileNotFoundError, match="notebooks 03 and 04 fit a run and notebook 05 evaluates it"):
+        report.build_report(screen, outputs=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_run_is_left_out_and_named(screen, outputs):
@@ -318,60 +312,120 @@ def test_runs_of_other_data_or_other_code_are_missing(screen, outputs, tmp_path)
 
 
 def test_two_recipes_of_one_encoder_are_two_methods(screen, tmp_path):
-    for name, search in (("pca", {}), ("pca_small", {"n_components": [2]})):
+    for recipe, search in (("", {}), ("pca_small", {"n_components": [2]})):
         run = runs.open_run(
-            screen, encoder="pca", mask="all_targets", seed=0, search=search,
-            run=f"{name}-all_targets-seed0", outputs=str(tmp_path),
+            screen, encoder="pca", mask="all_targets", seed=0, search=search, recipe=recipe,
+            run=f"{recipe}-0", outputs=str(tmp_path),
         )  # fmt: skip
         evaluate_run(run, **SETTINGS)
+    # An evaluation that does not name the recipe keeps it.
+    again = runs.open_run(
+        screen,
+        encoder="pca",
+        mask="all_targets",
+        seed=0,
+        search=search,
+        run="pca_small-0",
+        outputs=str(tmp_path),
+    )
+    evaluate_run(again, **SETTINGS)
     built = report.build_report(screen, outputs=str(tmp_path), n_resamples=200)
     assert set(built.single()["encoder"]) == {"pca", "pca_small"}
-    shutil.copytree(tmp_path / screen.name / "pca-all_targets-seed0", tmp_path / screen.name / "pca")
-    with pytest.raises(
-        ValueError, match="'pca' and 'pca-all_targets-seed0' are the same method, mask and seed"
-    ):
+    shutil.copytree(tmp_path / screen.name / "-0", tmp_path / screen.name / "copy")
+    with pytest.raises(ValueError, match="'-0' and 'copy' are the same method, mask and seed"):
         report.build_report(screen, outputs=str(tmp_path))
 
 
-def test_what_varies_beside_mask_and_seed_is_told_apart_and_compared_only_within(screen, tmp_path):
+def test_the_identity_is_for_reading_and_makes_no_fit_stale(screen, outputs, tmp_path):
+    shutil.copytree(outputs / screen.name, tmp_path / screen.name)
+    run = opened(screen, tmp_path)
+    manifest = run.directory / "manifest.json"
+    content = json.loads(manifest.read_text())
+    stored = content.pop("identity")
+    manifest.write_text(json.dumps(content))
+    before = (run.directory / "encoder" / "weights.safetensors").stat().st_mtime_ns
+    finished, _ = compare.collect(tmp_path / screen.name)
+    assert run.identity in {each.identity for each in finished}
+    fit_run(opened(screen, tmp_path, recipe="mine"))
+    assert (run.directory / "encoder" / "weights.safetensors").stat().st_mtime_ns == before
+    assert run.manifest == {**content, "identity": {**stored, "method": "mine"}}
+
+
+@pytest.mark.parametrize(
+    ("arena", "first", "other"),
+    [
+        ("train_share", 1.0, 0.5),
+        ("track", "in_dist", "batch_disjoint"),
+        ("candidates", "train", "observed"),
+    ],
+)
+def test_tracks_shares_and_candidates_are_told_apart_and_compared_only_within(
+    screen, outputs, tmp_path, arena, first, other
+):
     for encoder in ("pca", "logreg"):
-        for share in (1.0, 0.5):
-            for seed in (0, 1, 2):
-                run = runs.open_run(
-                    screen, encoder=encoder, mask="all_targets", seed=seed, train_share=share,
-                    run=f"{encoder}-all_targets-seed{seed}-train_share_{share}", outputs=str(tmp_path),
-                )  # fmt: skip
-                evaluate_run(run, **SETTINGS)
-    whole = report.build_report(screen, outputs=str(tmp_path), n_resamples=50)
-    (half,) = whole.others
-    assert (whole.train_share, half.train_share) == (1.0, 0.5)
-    assert set(whole.single()["encoder"]) == {"pca (train_share=1.0)", "logreg (train_share=1.0)"}
-    for part in (whole, half):
-        named = f"(train_share={part.train_share})"
+        for seed in (0, 1, 2):
+            source = outputs / screen.name / f"{encoder}-all_targets-seed{seed}"
+            for name in ("a", "b"):
+                shutil.copytree(source, tmp_path / screen.name / f"{name}{encoder}{seed}")
+            path = tmp_path / screen.name / f"b{encoder}{seed}" / "manifest.json"
+            content = json.loads(path.read_text())
+            content["identity"][arena] = other
+            path.write_text(json.dumps(content))
+    main = report.build_report(screen, outputs=str(tmp_path), n_resamples=50)
+    (second,) = main.others
+    assert (getattr(main, arena), getattr(second, arena)) == (first, other)
+    for part in (main, second):
+        named = f"({arena}={getattr(part, arena)})"
+        assert set(part.single()["encoder"]) == {f"pca {named}", f"logreg {named}"}
         assert set(part.single()["n_repeats"]) == {3}
         assert all(name.endswith(named) for name in [*part.contrasts["encoder"], *part.contrasts["against"]])
         assert part.contrasts["question"].tolist() == ["baseline"]
-    written = pd.read_csv(whole.directory / "differences.csv", keep_default_na=False)
-    assert written["train_share"].tolist() == [1.0, 0.5]
+    written = pd.read_csv(main.directory / "differences.csv", keep_default_na=False)
+    assert written[arena].tolist() == [first, other]
+    finished, _ = compare.collect(tmp_path / screen.name)
+    for function in (
+        lambda: compare.choose_readouts(finished, n_resamples=50),
+        lambda: compare.kept_scores(finished, main.readouts),
+    ):
+        with pytest.raises(
+            ValueError, match="expected one track, train_share and candidates, got .*" + str(other)
+        ):
+            function()
 
 
-def test_names_show_every_parameter_that_varies_and_no_other():
-    def finished(name, **params):
+def test_whatever_else_varies_is_another_method(screen, tmp_path):
+    for components in ([2], [4]):
+        for seed in (0, 1):
+            run = runs.open_run(
+                screen, encoder="pca", mask="all_targets", seed=seed, search={"n_components": components},
+                run=f"{components[0]}{seed}", outputs=str(tmp_path),
+            )  # fmt: skip
+            evaluate_run(run, **SETTINGS)
+    built = report.build_report(screen, outputs=str(tmp_path), n_resamples=50)
+    assert dict(built.single()[["encoder", "n_repeats"]].to_numpy()) == {
+        "pca (n_components=[2])": 2, "pca (n_components=[4])": 2
+    }  # fmt: skip
+    assert built.others == [] and built.contrasts["question"].tolist() == ["baseline"]
+    sentences.headline(built)
+
+
+def test_labels_show_every_parameter_that_varies_and_no_other():
+    def finished(recipe="pca", **params):
         given = {"dataset": "x", "encoder": "pca", "mask": "all_targets", "seed": 0, "track": "in_dist"}
-        fit = {"params": {**given, "search": {}, **params}, "context": {"train_share": 1.0}}
-        return compare.Finished(Path(name), {"fit": fit})
+        identity = runs.Identity.of({**given, "search": {}, **params}, recipe=recipe)
+        return compare.Finished(Path("anywhere"), {}, identity)
 
-    named = compare.name_methods(
+    labelled = compare.label_methods(
         [
-            finished("pca-all_targets-seed0-track_in_dist"),
-            finished("pca-all_targets-seed1-track_in_dist", seed=1),
-            finished("pca-all_targets-seed0-track_batch", track="batch_disjoint"),
-            finished("pca-all_targets-seed0-k", search={"n_components": [20]}),
-            finished("other-none-seed0", mask="none"),
-            finished("mine", encoder="lda"),
+            finished(),
+            finished(seed=1),
+            finished(track="batch_disjoint"),
+            finished(search={"n_components": [20]}),
+            finished("other", mask="none"),
+            finished("", encoder="lda"),
         ]
     )
-    assert [run.method for run in named] == [
+    assert [run.label for run in labelled] == [
         "pca (n_components=default, track=in_dist)",
         "pca (n_components=default, track=in_dist)",
         "pca (n_components=default, track=batch_disjoint)",

@@ -10,8 +10,8 @@ from ..data.masking import UNSAFE
 from ..data.screen import Screen
 from ..evaluation.readouts import readout_name
 from ..files.atomic import replacing
-from ..runs.pipeline import evaluate_run, fit_code
-from ..runs.runs import open_run, outputs_root, write_table
+from ..runs.pipeline import fit_code
+from ..runs.runs import outputs_root, write_table
 from .audit import Checks
 from .compare import (
     ARENA,
@@ -20,11 +20,11 @@ from .compare import (
     choose_readouts,
     collect,
     contrasts,
+    display_name,
     estimates,
     first_of,
     kept_scores,
     null_verdicts,
-    shown,
 )
 from .wording import difference, spread, with_interval
 
@@ -37,8 +37,8 @@ class Report:
     ----------
     directory : pathlib.Path
         outputs/<dataset>/report/
-    track : str
-    train_share : float
+    track, train_share, candidates
+        See `perturbret.runs.runs.Identity.arena`.
     readouts, scores, table, verdicts : pandas.DataFrame
         See `choose_readouts`, `kept_scores`, `estimates` and `null_verdicts` of `perturbret.report.compare`.
     contrasts : pandas.DataFrame
@@ -63,6 +63,7 @@ class Report:
     directory: Path
     track: str
     train_share: float
+    candidates: str
     readouts: pd.DataFrame
     scores: pd.DataFrame
     table: pd.DataFrame
@@ -151,23 +152,24 @@ def build_report(
     finished, missing = collect(root, runs, fingerprint=screen.fingerprint, code=fit_code)
     finished = [run for run in finished if run.name not in (failed or [])]
     missing = sorted({*missing, *(failed or [])})
-    arenas = sorted({run.arena for run in finished if run.params["mask"] == LEAK_FREE}, key=_main_first)
+    arenas = {run.identity.arena for run in finished if run.identity.mask == LEAK_FREE}
     if not arenas:
         raise FileNotFoundError(
             f"{root}: expected at least one finished run with mask {LEAK_FREE}, found {len(finished)} finished runs in "
-            f"all and {len(missing)} unfinished; run `make report` or notebooks 03 and 05"
+            f"all and {len(missing)} unfinished; notebooks 03 and 04 fit a run and notebook 05 evaluates it, `make "
+            "report` does all of it"
         )
     shared = {"missing": missing, "warnings": ["No check of the screen was run."]}
-    shared |= {"suspect": False, "confounded": False}
     if checks is not None:
         shared |= {"warnings": checks.warnings, "suspect": checks.suspect, "confounded": checks.confounded}
         shared["checks"] = checks.names
     parts = [
         _compared(
-            root / "report", arena, [run for run in finished if run.arena == arena], n_resamples, shared
+            root / "report", [run for run in finished if run.identity.arena == arena], n_resamples, shared
         )
-        for arena in arenas
+        for arena in sorted(arenas, key=_main_first)
     ]
+    columns = [*ARENA, *(["candidates"] if len({part.candidates for part in parts}) > 1 else [])]
     for name, tables in (
         ("comparison", [part.table for part in parts]),
         ("differences", [part.contrasts for part in parts]),
@@ -177,9 +179,8 @@ def build_report(
         ("headline", [headline_table(part) for part in parts]),
     ):
         for part, table in zip(parts, tables, strict=True):
-            for column in reversed(ARENA):
-                if column not in table:
-                    table.insert(0, column, getattr(part, column))
+            for column in reversed([column for column in columns if column not in table]):
+                table.insert(0, column, getattr(part, column))
         write_table(root / "report" / f"{name}.csv", pd.concat(tables, ignore_index=True))
     main, *others = parts
     main.others.extend(others)
@@ -195,7 +196,7 @@ def headline_table(report: Report) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "method": shown(row.encoder),
+                "method": display_name(row.encoder),
                 "exact_hit@1": with_interval(row),
                 "mrr": f"{mrr[row.encoder]:.3f}",
                 "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
@@ -222,10 +223,10 @@ def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
         [
             {
                 "question": row.question,
-                "method": shown(row.encoder),
+                "method": display_name(row.encoder),
                 "against": f"{row.mask} instead of {row.against}"
                 if row.question == "mask"
-                else shown(row.against),
+                else display_name(row.against),
                 "at": readout_name(row.scoring, row.library),
                 "exact_hit@1": f"{row.estimate:.3f} against {row.other:.3f}",
                 "difference": difference(row),
@@ -239,36 +240,30 @@ def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
 
 
 def _main_first(arena: tuple) -> tuple:
-    track, share = arena
-    return track != "in_dist", track, -share
+    track, share, *candidates = arena
+    return track != "in_dist", track, -share, *candidates
 
 
-def _compared(directory: Path, arena: tuple, runs: list[Finished], n_resamples: int, shared: dict) -> Report:
+def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: dict) -> Report:
+    """The report of one arena."""
     readouts = choose_readouts(runs, n_resamples=n_resamples)
     scores = kept_scores(runs, readouts)
-    verdicts = null_verdicts(runs, readouts)
-    reason = "suspect" if shared["suspect"] else "confounded" if shared["confounded"] else ""
-    table = contrasts(
-        scores,
-        readouts,
-        n_resamples=n_resamples,
-        no_verdict=f"not judged: {reason}" if reason else "",
-    )
-    judge = next(run for run in runs if run.params["mask"] == LEAK_FREE)
+    reason = "suspect" if shared.get("suspect") else "confounded" if shared.get("confounded") else ""
+    judge = next(run for run in runs if run.identity.mask == LEAK_FREE)
     summary = judge.table("summary").query("query_size == 1 and average == 'micro'")
-    chance = summary.groupby("metric")["chance"].first().to_dict()
     queries = scores[scores["query_size"] == 1].drop_duplicates("query_id")
-    prior = float(queries["condition"].value_counts(normalize=True).iloc[0])
     return Report(
         directory,
-        *arena,
-        readouts,
-        scores,
-        estimates(scores, n_resamples=n_resamples),
-        verdicts,
-        table,
-        chance,
-        prior,
+        *judge.identity.arena,
+        readouts=readouts,
+        scores=scores,
+        table=estimates(scores, n_resamples=n_resamples),
+        verdicts=null_verdicts(runs, readouts),
+        contrasts=contrasts(
+            scores, readouts, n_resamples=n_resamples, no_verdict=f"not judged: {reason}" if reason else ""
+        ),
+        chance=summary.groupby("metric")["chance"].first().to_dict(),
+        prior=float(queries["condition"].value_counts(normalize=True).iloc[0]),
         **shared,
     )
 
@@ -351,13 +346,3 @@ def _own_singles(report: Report, encoder: str) -> pd.DataFrame:
     scores = report.scores
     chosen = scores["primary"] & (scores["encoder"] == encoder) & (scores["mask"] == LEAK_FREE)
     return scores[chosen & (scores["query_size"] == 1)]
-
-
-def ensure_runs(screen: Screen, *, outputs: str = "") -> None:
-    """Where a dataset has no finished run under the mask of the headline yet, make two: PCA and logistic regression."""
-    finished, _ = collect(outputs_root(outputs) / screen.name)
-    if any(run.params["mask"] == LEAK_FREE for run in finished):
-        return
-    for encoder in ("pca", "logreg"):
-        run = open_run(screen, encoder=encoder, mask=LEAK_FREE, seed=0, outputs=outputs)
-        evaluate_run(run, libraries=["mean"], query_sizes=[1, 5, 10, 20], poolings=["scores", "embeddings"])

@@ -1,7 +1,6 @@
 """Finished runs of a dataset compared: methods and their roles, estimates, paired differences, verdicts."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..evaluation.nulls import detectable_in_family
 from ..evaluation.readouts import FIXED, LIBRARIES, choose_readout, common_readout, read_validation
 from ..evaluation.stats import holm, repeated_difference, repeated_mean
 from ..files.provenance import directory_hash
-from ..runs.runs import TUNED, read_manifest
+from ..runs.runs import SCRATCH, TUNED, Identity, read_manifest
 
 CEILING = "bayes_ceiling"
 # They read no expression: what they reach is the screen's design, not biology.
@@ -56,7 +55,7 @@ def first_of(readouts: pd.DataFrame, mask: str, *roles: str) -> str | None:
     return rows["encoder"].iloc[0] if len(rows) else None
 
 
-def shown(encoder: str) -> str:
+def display_name(encoder: str) -> str:
     """Name of a method in tables and figures."""
     return "Bayes ceiling" if encoder == CEILING else encoder
 
@@ -80,13 +79,15 @@ class Finished:
     ----------
     directory : pathlib.Path
     manifest : dict
-    method : str
-        Name in comparisons, by `name_methods`: runs that differ in more than mask and seed have different ones.
+    identity : perturbret.runs.runs.Identity
+    label : str
+        Name of its method in this comparison, by `label_methods`: the `encoder` column of every table.
     """
 
     directory: Path
     manifest: dict
-    method: str = ""
+    identity: Identity
+    label: str = ""
 
     @property
     def name(self) -> str:
@@ -97,39 +98,14 @@ class Finished:
         return self.manifest["fit"]["params"]
 
     @property
-    def recipe(self) -> str:
-        """The recipe, where the directory is named after it, else the encoder."""
-        found, named, _ = self.name.partition(f"-{self.params['mask']}-seed{self.params['seed']}")
-        return found if named else self.params["encoder"]
-
-    @property
-    def request(self) -> dict:
-        """Everything that was asked for but dataset, mask and seed: name -> value as JSON."""
-        flat = {"train_share": self.manifest["fit"]["context"].get("train_share", 1.0)}
-        for name, value in self.params.items():
-            if name in ("search", "settings"):
-                flat |= {f"{name}.{key}": part for key, part in (value or {}).items()}
-            elif name not in ("dataset", "mask", "seed"):
-                flat[name] = value
-        return {name: json.dumps(value, sort_keys=True) for name, value in flat.items()}
-
-    @property
-    def arena(self) -> tuple[str, float]:
-        """Track and share of the training labels."""
-        share = self.manifest["fit"]["context"].get("train_share", 1.0)
-        return self.params.get("track", "in_dist"), float(share)
-
-    @property
     def key(self) -> dict:
-        """What tells the run from others in a comparison."""
-        return {"encoder": self.method, "mask": self.params["mask"], "seed": self.params["seed"]}
+        """What tells the run from others of its arena: the first columns of every table."""
+        return {"encoder": self.label, "mask": self.identity.mask, "seed": self.identity.seed}
 
     def table(self, name: str) -> pd.DataFrame:
-        """A CSV of the run with its encoder, mask and seed in front."""
+        """A CSV of the run with its key in front."""
         table = pd.read_csv(self.directory / f"{name}.csv", keep_default_na=False, na_values=[""])
-        for position, (key, value) in enumerate(self.key.items()):
-            table.insert(position, key, value)
-        return table
+        return pd.concat([pd.DataFrame(self.key, index=table.index), table], axis=1)
 
 
 def collect(
@@ -146,7 +122,7 @@ def collect(
     directory : pathlib.Path
         outputs/<dataset>/
     expected : list of str, optional
-        Names of the runs to use; runs of other names are left out. All that are there when not given.
+        Names of the runs to use; runs of other names are left out. All that are there but `scratch` when not given.
     fingerprint : str, optional
         Runs that were made with other data are not finished.
     code : callable, optional
@@ -164,54 +140,70 @@ def collect(
     ValueError
         Two runs are the same method under the same mask and seed.
     """
-    there = {path.parent.name for path in Path(directory).glob("*/manifest.json")}
+    directory = Path(directory)
     finished, missing = [], []
-    for name in sorted(there) if not expected else expected:
-        manifest = read_manifest(Path(directory) / name)
-        evaluation = manifest.get("evaluation")
-        fit = manifest.get("fit", {"context": {}})
-        current = fingerprint in ("", fit["context"].get("fingerprint"))
-        current = current and (
-            not evaluation or code is None or code(fit["params"], fit["code"]) == fit["code"]
-        )
-        if evaluation and current and _judged(evaluation, Path(directory) / name):
-            finished.append(Finished(Path(directory) / name, manifest))
+    there = {path.parent.name for path in directory.glob("*/manifest.json")} - {SCRATCH}
+    for name in expected or sorted(there):
+        manifest = read_manifest(directory / name)
+        if _is_finished(manifest, directory / name, fingerprint, code):
+            finished.append(Finished(directory / name, manifest, Identity.read(manifest)))
         else:
             missing.append(name)
-    finished = name_methods(finished)
-    taken: dict[tuple, str] = {}
+    taken: dict[Identity, str] = {}
     for run in finished:
-        other = taken.setdefault(tuple(run.key.values()), run.name)
+        other = taken.setdefault(run.identity, run.name)
         if other != run.name:
             raise ValueError(
                 f"runs: {other!r} and {run.name!r} are the same method, mask and seed; name one of them"
             )
-    return finished, missing
+    return label_methods(finished), missing
 
 
-def _judged(evaluation: dict, directory: Path) -> bool:
-    """Whether the encoders that lie in a run's directory are those that its evaluation judged."""
-    return all(
-        evaluation.get(f"{name}_sha256") == directory_hash(directory / name)
-        for name in ("encoder", "null_encoder")
+def _is_finished(manifest: dict, directory: Path, fingerprint: str, code: Callable | None) -> bool:
+    """Whether a run was judged, on today's data, by today's fitting code, and is the one that lies there."""
+    judged, fit = manifest.get("evaluation"), manifest.get("fit")
+    return (
+        bool(judged and fit)
+        and fingerprint in ("", fit["context"].get("fingerprint"))
+        and (code is None or code(fit["params"], fit["code"]) == fit["code"])
+        and all(
+            judged.get(f"{name}_sha256") == directory_hash(directory / name)
+            for name in ("encoder", "null_encoder")
+        )
     )
 
 
-def name_methods(runs: list[Finished]) -> list[Finished]:
-    """Name every run's method so that runs share a name only where all but mask and seed is equal.
+def label_methods(runs: list[Finished]) -> list[Finished]:
+    """Label every run so that runs share a label only where all but mask and seed is equal.
 
-    A recipe that was run in one way is called by its name; where it was run in several, what differs is added, e.g.
+    A method that was run in one way is called by its name; where it was run in several, what differs is added, e.g.
     `logreg (train_share=0.25)`.
     """
-    named = []
+    labelled = []
     for run in runs:
-        alike = [other.request for other in runs if other.recipe == run.recipe]
+        alike = [other.identity.request for other in runs if other.identity.method == run.identity.method]
         keys = sorted({key for request in alike for key in request})
         differ = [key for key in keys if len({request.get(key) for request in alike}) > 1]
-        parts = [f"{key.rpartition('.')[2]}={run.request.get(key, 'default')}" for key in differ]
+        parts = [f"{key.rpartition('.')[2]}={run.identity.request.get(key, 'default')}" for key in differ]
         text = f" ({', '.join(parts)})".replace('"', "") if parts else ""
-        named.append(dataclasses.replace(run, method=run.recipe + text))
-    return named
+        labelled.append(dataclasses.replace(run, label=run.identity.method + text))
+    return labelled
+
+
+def _require_one_arena(runs: list[Finished]) -> None:
+    """Refuse runs of several tracks, shares of the labels or candidates: nothing is averaged across these."""
+    arenas = sorted({run.identity.arena for run in runs})
+    if len(arenas) > 1:
+        raise ValueError(f"runs: expected one track, train_share and candidates, got {arenas}")
+
+
+def _grouped(runs: list[Finished]) -> dict[tuple[str, str], list[Finished]]:
+    """Runs of each method and mask: its seeds."""
+    _require_one_arena(runs)
+    groups: dict[tuple[str, str], list[Finished]] = {}
+    for run in runs:
+        groups.setdefault((run.label, run.identity.mask), []).append(run)
+    return dict(sorted(groups.items()))
 
 
 def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
@@ -230,8 +222,7 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
             b for b in LIBRARIES[1:] if all(b in run.manifest["evaluation"]["libraries"] for run in group)
         ]
         validation = pd.concat([read_validation(run.directory, libraries) for run in group])
-        params = group[0].params
-        role = role_of(params["encoder"], mask, TUNED)
+        role = role_of(group[0].params["encoder"], mask, TUNED)
         if role == "ceiling":  # only its posterior bounds other methods, not a cosine of its likelihoods
             validation = validation[validation["scoring"] == "classifier"]
         # What is to be exceeded stands at its best: no standard error is given away.
@@ -240,12 +231,12 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
         row = {
             "encoder": encoder,
             "mask": mask,
-            **dict(zip(ARENA, group[0].arena, strict=True)),
+            **{name: getattr(group[0].identity, name) for name in ARENA},
             "role": role,
         }
         row |= asdict(choice) | {name: chosen.get(name, "") for name in ("mode", "init", "members")}
         row["available"] = set(zip(validation["scoring"], validation["library"], strict=True))
-        row["request"] = group[0].request
+        row["request"] = group[0].identity.request
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -258,13 +249,14 @@ def kept_scores(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
     pandas.DataFrame
         Rows of scores.parquet with encoder, mask, seed and `primary`, whether the read-out is the chosen one.
     """
+    _require_one_arena(runs)
     chosen = {(row.encoder, row.mask): (row.scoring, row.library) for row in readouts.itertuples()}
     fixed = pd.MultiIndex.from_tuples([*FIXED, *SHOWN])
     tables = []
     for run in runs:
         scores = pd.read_parquet(run.directory / "scores.parquet").assign(**run.key)
         pairs = pd.MultiIndex.from_frame(scores[["scoring", "library"]])
-        primary = pairs == chosen[run.method, run.params["mask"]]
+        primary = pairs == chosen[run.label, run.identity.mask]
         ceiling = run.params["encoder"] == CEILING
         keep = primary | ((scores["query_size"] == 1) & pairs.isin(fixed) & (not ceiling))
         tables.append(scores.assign(primary=primary)[keep])
@@ -354,13 +346,6 @@ def null_verdicts(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
         nulls.loc[family, "detectable"] = np.array(limits, float)
     nulls["holds"] = ~(nulls["p_holm"] < 0.05)
     return nulls
-
-
-def _grouped(runs: list[Finished]) -> dict[tuple[str, str], list[Finished]]:
-    groups: dict[tuple[str, str], list[Finished]] = {}
-    for run in runs:
-        groups.setdefault((run.method, run.params["mask"]), []).append(run)
-    return dict(sorted(groups.items()))
 
 
 # Refits that a verdict needs: the spread between them is part of the interval.

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .compare import CEILING, LEAK_FREE, shown
+from .compare import CEILING, LEAK_FREE, display_name
 
 MASK_COLOURS = {"all_targets": "#1b6ca8", "none": "#8a8a8a", "own_targets": "#c1440e"}
 MASK_NAMES = {"all_targets": "all_targets", "none": "none", "own_targets": "own_targets (unsafe)"}
@@ -58,7 +58,7 @@ def method_ladder(
         fill = "white" if role == "nuisance" else colour
         axis.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2, alpha=0.6)
         axis.plot(row.estimate, y, "D" if role == "ceiling" else "o", color=colour, ms=6, mfc=fill)
-    axis.set_yticks(range(len(rows)), [shown(name) for name in rows["encoder"]])
+    axis.set_yticks(range(len(rows)), [display_name(name) for name in rows["encoder"]])
     apart = abs(prior - chance) > 1e-3
     _line(axis, chance, "chance", ":", side="right" if apart else "center")
     if apart:
@@ -133,7 +133,7 @@ def paired_differences(table: pd.DataFrame) -> Figure:
             fill = colour if row.verdict in ("better", "worse") else "white"
             axis.plot(row.difference, y, "o", color=colour, ms=6, mfc=fill)
         axis.axvline(0, color="#555", lw=1, ls=":")
-        axis.set_yticks(range(len(part)), [shown(name) for name in part["encoder"]])
+        axis.set_yticks(range(len(part)), [display_name(name) for name in part["encoder"]])
         opponents = part["against"].unique()
         named = f" ({opponents[0]})" if question == "baseline" and len(opponents) == 1 else ""
         axis.set(

@@ -6,7 +6,7 @@ from ..alignment.gene_space import GeneSpace
 from ..evaluation.metrics import coverage_area
 from ..evaluation.readouts import readout_name
 from .ablation import Report, validity
-from .compare import LEAK_FREE, SHOWN, shown
+from .compare import LEAK_FREE, SHOWN, display_name
 from .wording import difference, from_to, spread, with_interval
 
 
@@ -95,7 +95,7 @@ def method_table(report: Report) -> pd.DataFrame:
             "precomputed": "computed before masking",
         }
         alone = "the baseline" if name == report.baseline else own.get(choice.role, "")
-        cells = {"method": shown(name), "exact_hit@1": with_interval(row)}
+        cells = {"method": display_name(name), "exact_hit@1": with_interval(row)}
         cells |= {"spread": spread(row.spread, row.n_repeats), "mrr": f"{mrr[name]:.3f}"}
         if report.nuisance:
             cells[f"over {report.nuisance}"] = difference(excess.loc[name]) if name in excess.index else ""
@@ -126,7 +126,7 @@ def readout_table(report: Report) -> pd.DataFrame:
     wide["chosen"] = [readout_name(row.scoring, row.library) for row in chosen.itertuples()]
     wide["among"] = chosen["n_readouts"]
     wide["chosen again"] = [f"{value:.0%}" for value in chosen["stability"]]
-    return wide.rename(index=shown).rename_axis(index=None, columns=None)
+    return wide.rename(index=display_name).rename_axis(index=None, columns=None)
 
 
 def pool_table(report: Report) -> pd.DataFrame:
@@ -138,7 +138,7 @@ def pool_table(report: Report) -> pd.DataFrame:
     wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(
         report.single()["encoder"]
     )
-    return wide.set_axis(columns, axis=1).fillna("").rename(index=shown).rename_axis(None)
+    return wide.set_axis(columns, axis=1).fillna("").rename(index=display_name).rename_axis(None)
 
 
 def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
@@ -148,7 +148,7 @@ def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
     macro = report.single(average="macro").set_index("encoder").loc[table.index]
     chance = [f"{report.chance[metric]:.3f}" for metric in table.columns]
     table["exact_hit@1, macro"] = [with_interval(row) for row in macro.itertuples()]
-    table = table.rename(index=shown).rename_axis(index=None, columns=None)
+    table = table.rename(index=display_name).rename_axis(index=None, columns=None)
     table.loc["chance"] = [*chance, ""]
     return table
 
@@ -158,7 +158,7 @@ def null_table(report: Report) -> pd.DataFrame:
     found = validity(report)
     return pd.DataFrame(
         {
-            "method": [shown(name) for name in found["encoder"]],
+            "method": [display_name(name) for name in found["encoder"]],
             "mask": found["mask"],
             "runs": found["runs"],
             "not holding": found["not holding"],
@@ -175,5 +175,8 @@ def area_table(scores: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for encoder, part in scores.groupby("encoder"):
         margin, hit = part["margin"].to_numpy(), part["exact_hit@1"].to_numpy()
-        rows[shown(encoder)] = {"area": coverage_area(margin, hit), "accuracy over all queries": hit.mean()}
+        rows[display_name(encoder)] = {
+            "area": coverage_area(margin, hit),
+            "accuracy over all queries": hit.mean(),
+        }
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False).round(3)

@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "pipeline": ["evaluate_run", "fit", "fit_code", "fit_run", "notebook_run", "open_saved", "save_run"],
-        "runs": ["Run", "open_run", "outputs_root", "run_name"],
+        "runs": ["Identity", "Run", "open_run", "outputs_root", "run_name"],
     },
 )

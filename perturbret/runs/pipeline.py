@@ -23,15 +23,14 @@ from ..files.atomic import replacing, write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
 from ..scgpt.settings import Settings
 from .progress import Progress
-from .runs import TUNED, Run, open_run, outputs_root, read_manifest, write_table
+from .runs import SCRATCH, TUNED, Run, open_run, outputs_root, read_manifest, write_table
 
 # A fit starts from masked cells whose content is hashed (`Context.cells_hash`) and from checkpoints hashed by content:
 # whatever makes these may change without making an encoder stale that was fitted on the same.
 _HASHED_BY_CONTENT = ("files.atomic", "files.downloads", "data", "alignment.chunks", "alignment.remapping")
 # Pseudo-bulks and bootstrap libraries of query cells are the same for every seed, as the query cells are.
 QUERY_SEED = 0
-# The run of somebody who tries things in JupyterLab.
-SCRATCH = "scratch"
+# What is judged where nothing is named.
 _JUDGED = {"encoder": "pca", "mask": "all_targets", "track": "in_dist", "seed": 0, "search": {}}
 _VALIDATION = ("evaluation.judge:evaluate", "evaluation.judge:summarise")
 
@@ -88,10 +87,12 @@ def save_run(
     # Only what was saved and read back has passed this check.
     if "reloaded_equal" in fitted.checks and _kept(run):
         made = run.manifest["fit"]
+        identity = run.identity.as_json()
         if made["validation_code"] != _code(*_VALIDATION):
             _validate(run, fitted.encoder, scores, summary)
             made["validation_code"] = _code(*_VALIDATION)
-            write_json(run.directory / "manifest.json", {**run.manifest, "fit": made})
+        if run.manifest != {**run.manifest, "identity": identity, "fit": made}:
+            write_json(run.directory / "manifest.json", {**run.manifest, "identity": identity, "fit": made})
         return fitted.selection
     started, code = time.perf_counter(), fit_code(run.params)
     twin = null_twin(run)
@@ -114,7 +115,7 @@ def save_run(
     else:
         write_table(run.directory / "history.csv", fitted.history)
     write_text(run.directory / "params.yaml", yaml.safe_dump(run.params, sort_keys=False))
-    fit = {
+    entry = {
         "params": run.params,
         "context": asdict(run.prepared.context),
         "null_context": asdict(twin.context),
@@ -126,7 +127,12 @@ def save_run(
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(fitted.wall_s + time.perf_counter() - started, 2),
     }
-    write_json(run.directory / "manifest.json", {"fit": fit, "environment": environment(_device(run.params))})
+    manifest = {
+        "identity": run.identity.as_json(),
+        "fit": entry,
+        "environment": environment(_device(run.params)),
+    }
+    write_json(run.directory / "manifest.json", manifest)
     for name in ("encoder", "null_encoder"):
         shutil.rmtree(_state(run, name).parent, ignore_errors=True)
     return fitted.selection
@@ -137,8 +143,9 @@ def _kept(run: Run) -> bool:
     made = run.manifest.get("fit")
     if not made or made["params"] != run.params or made["context"] != asdict(run.prepared.context):
         return False
-    code = fit_code(run.params, made["code"])
-    return made["code"] == code and _intact(run.directory, made)
+    if made["code"] != fit_code(run.params, made["code"]) or not _intact(run.directory, made):
+        return False
+    return made.get("null_context") == asdict(null_twin(run).context)
 
 
 def notebook_run(run: str, overwrite: bool) -> dict:

@@ -14,10 +14,79 @@ from ..files.atomic import replacing
 from ..files.places import CHECKOUT
 
 TUNED = "scgpt"  # the encoder that perturbret.scgpt.modes fits; all others are opponents
+SCRATCH = (
+    "scratch"  # the run of somebody who tries things in JupyterLab: replaced by the next, read by no report
+)
 
 
 class RunExists(ValueError):
     """A run of that name was made with other parameters."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was asked for of a run: two runs with equal identities are the same fit, made twice.
+
+    For reading results; whether a fit is stale is decided by its parameters, cells and code (`fit_run`).
+
+    Attributes
+    ----------
+    dataset, method, mask, seed, track, train_share
+        `method` is the recipe's name, or the encoder's with its mode (`method_name`) where there was no recipe.
+    candidates : str
+        Conditions that queries are ranked among; see docs/method.md.
+    options : tuple of (str, str)
+        Everything else that was asked for, `search.<name>` and `settings.<name>` among it, with values as JSON.
+    """
+
+    dataset: str
+    method: str
+    mask: str
+    seed: int
+    track: str = "in_dist"
+    train_share: float = 1.0
+    candidates: str = "train"
+    options: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, params: dict, *, train_share: float = 1.0, recipe: str = "") -> "Identity":
+        """The identity of a run with these resolved parameters."""
+        named = {"dataset", "mask", "seed", "track"}
+        options = {
+            name: value for name, value in params.items() if name not in {*named, "search", "settings"}
+        }
+        for group in ("search", "settings"):
+            options |= {f"{group}.{name}": value for name, value in (params.get(group) or {}).items()}
+        return cls(
+            method=recipe or method_name(params["encoder"], params.get("settings")),
+            train_share=float(train_share),
+            options=tuple((name, json.dumps(options[name], sort_keys=True)) for name in sorted(options)),
+            **{name: params[name] for name in named if name in params},
+        )
+
+    @classmethod
+    def read(cls, manifest: dict) -> "Identity":
+        """The identity that a manifest holds; what follows from its fit where it was written before there was one."""
+        if "identity" in manifest:
+            stored = manifest["identity"]
+            return cls(**{**stored, "options": tuple(sorted(stored["options"].items()))})
+        fit = manifest["fit"]
+        return cls.of(fit["params"], train_share=fit["context"].get("train_share", 1.0))
+
+    def as_json(self) -> dict:
+        """For the manifest; `read` gives it back."""
+        return {**asdict(self), "options": dict(self.options)}
+
+    @property
+    def arena(self) -> tuple[str, float, str]:
+        """Track, share of the training labels, candidates: only within one are methods compared or seeds averaged."""
+        return self.track, self.train_share, self.candidates
+
+    @property
+    def request(self) -> dict[str, str]:
+        """All that tells apart two runs of one method under one mask and seed: name to JSON."""
+        arena = {name: getattr(self, name) for name in ("track", "train_share", "candidates")}
+        return {**{name: json.dumps(value) for name, value in arena.items()}, **dict(self.options)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +99,7 @@ class Run:
         outputs/<dataset>/<run>/
     params : dict
         Resolved parameters; equal parameters on equal data give equal results.
+    identity : Identity
     screen : Screen
     split : Split
     prepared : Prepared
@@ -37,6 +107,7 @@ class Run:
 
     directory: Path
     params: dict
+    identity: Identity
     screen: Screen
     split: Split
     prepared: Prepared
@@ -59,12 +130,15 @@ def run_name(
     encoder: str, mask: str, seed: int, settings: dict | None = None, train_share: float = 1.0
 ) -> str:
     """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0`."""
-    settings = settings or {}
-    parts = [encoder.replace(":", ".")]
-    parts += [settings["mode"]] if "mode" in settings else []
-    parts += ["random"] if settings.get("init") == "random" else []
     share = f"-share{train_share:g}" if train_share != 1 else ""
-    return f"{'_'.join(parts)}-{mask}-seed{seed}{share}"
+    return f"{method_name(encoder, settings).replace(':', '.')}-{mask}-seed{seed}{share}"
+
+
+def method_name(encoder: str, settings: dict | None = None) -> str:
+    """Name of a method that no recipe names, e.g. `logreg`, `scgpt_lora_head`, `scgpt_full_random`."""
+    settings = settings or {}
+    random = "random" if settings.get("init") == "random" else ""
+    return "_".join(filter(None, [encoder, settings.get("mode"), random]))
 
 
 def open_run(
@@ -76,7 +150,8 @@ def open_run(
     track: str = "in_dist",
     search: dict | None = None,
     settings: dict | None = None,
-    train_share: float = 1.0,
+    train_share: float | None = None,
+    recipe: str = "",
     run: str = "",
     outputs: str = "",
     overwrite: bool = False,
@@ -94,8 +169,10 @@ def open_run(
     settings : dict, optional
         Of an encoder that has some (`perturbret.scgpt.settings`); None: those of the run that is there. For
         05, which only judges.
-    train_share : float
-        Share of each condition's training cells whose labels are used.
+    train_share : float, optional
+        Share of each condition's training cells whose labels are used; None: that of the run that is there, else all.
+    recipe : str
+        Name of the method in comparisons; empty: that of the run that is there, else `method_name(...)`.
     run : str
         Name of the directory; empty for `run_name(...)`.
     outputs : str
@@ -113,12 +190,15 @@ def open_run(
         An encoder with settings was asked for without them where none was fitted; unknown mask or track.
     """
     root = outputs_root(outputs) / screen.name
-    directory = root / (run or run_name(encoder, mask, seed, settings, train_share))
+    directory = root / (run or run_name(encoder, mask, seed, settings, train_share or 1.0))
+    manifest = read_manifest(directory)
+    made = manifest.get("fit")
+    if train_share is None:
+        train_share = made["context"].get("train_share", 1.0) if made and not overwrite else 1.0
     split = get_split(screen, track=track, seed=seed, directory=root / "splits")
     prepared = prepare(screen, split, mask=mask, train_share=train_share)
     params = {"dataset": screen.name, "encoder": encoder, "mask": mask, "track": track, "seed": int(seed)}
     params["search"] = search or {}
-    made = read_manifest(directory).get("fit")
     if settings is None and made and made["params"]["encoder"] == encoder:
         settings = made["params"].get("settings")
     if settings is not None:
@@ -139,7 +219,10 @@ def open_run(
                     f"{directory.name}: the run there has {name}={there.get(name)!r}, asked for {value!r}; "
                     f"give another run name, or overwrite=True to replace it"
                 )
-    return Run(directory, params, screen, split, prepared)
+    if not recipe and made and made["params"] == params:
+        recipe = Identity.read(manifest).method
+    identity = Identity.of(params, train_share=train_share, recipe=recipe)
+    return Run(directory, params, identity, screen, split, prepared)
 
 
 def read_manifest(directory: Path) -> dict:

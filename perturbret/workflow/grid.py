@@ -256,5 +256,5 @@ def _check_names(runs: list[Run], where: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise GridError(f"{where}: two runs are named {name!r}; each recipe and value may be listed once")
-        if name in ("audit", "vocab", "report", "splits", "cache", "superseded"):
+        if name in ("audit", "vocab", "report", "splits", "cache", "scratch", "superseded"):
             raise GridError(f"{where}: a run cannot be named {name!r}: that directory has another use")
