@@ -59,10 +59,8 @@ def confusions(scores: pd.DataFrame, n: int = 10) -> pd.DataFrame:
     pairs = wrong.value_counts().rename("queries").reset_index()
     pairs = pairs.sort_values(["queries", "condition", "ranked first"], ascending=[False, True, True]).head(n)
     pairs["share"] = pairs["queries"] / pairs["condition"].map(sizes)
-    related = [
-        relevance(np.array([row.condition]), [row._2])[0, 0]
-        for row in pairs.itertuples(index=False, name="Row")
-    ]
+    both = zip(pairs["condition"], pairs["ranked first"], strict=True)
+    related = [relevance(np.array([true]), [found])[0, 0] for true, found in both]
     return pairs.assign(relation=[RELATIONS[int(level)] for level in related]).reset_index(drop=True)
 
 

@@ -50,8 +50,7 @@ def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) 
         f"Best read-out there: {readout_name(scoring, library)}, exact_hit@1 **{percent(row.estimate)}** "
         f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
         f"The encoder and its null twin are saved in `{run.directory.name}/`. Notebook 05 judges them on query cells, "
-        f"given the same dataset, mask, seed and search, `encoder` {run.params['encoder']} and `run` "
-        f"{run.directory.name}.",
+        f"given the same dataset and `run` {run.directory.name}.",
     ]
     return bullets(lines)
 

@@ -3,9 +3,12 @@
 import re
 import sys
 import time
+import warnings
 
 from tqdm import tqdm
 
+# accelerate asks for tqdm's bar that is a widget, and would say on every page that there are none.
+warnings.filterwarnings("ignore", "IProgress not found")
 _STEP = re.compile(r"(\w+) (\d+)/(\d+)\s*(.*)")
 
 
@@ -41,7 +44,7 @@ class Progress:
             ncols=110,
             prefix=self.label or "training",
             unit=f" {step[1]}",
-            bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt}{unit}s, {elapsed}  {postfix}",
+            bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt}{unit}s, {elapsed}{postfix}",
             postfix=step[4],
         )
         if self.bar is None:
