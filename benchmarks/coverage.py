@@ -126,7 +126,7 @@ def measure(
                 widths.setdefault((name, average), []).append(high - low)
             none = values[:, null]
             test = {"average": average, "n_permutations": 1999, "seed": seed}
-            p = [paired_permutation_p(column, 0 * column, clusters, **test) for column in none.T]
+            p = [paired_permutation_p(column, clusters, **test) for column in none.T]
             rejected[average].append(np.array(p) <= 1 - LEVEL)
     rows = []
     for (name, average), each in held.items():

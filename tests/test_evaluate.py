@@ -12,7 +12,7 @@ from perturbret.data.screen import Screen
 from perturbret.data.splits import make_split
 from perturbret.evaluation.judge import READOUT, evaluate, null_control, summarise, within_batch
 from perturbret.evaluation.nulls import permute_conditions
-from perturbret.evaluation.scoring import SCORINGS, make_queries
+from perturbret.evaluation.scoring import ALL_SCORINGS, make_queries
 
 CONDITIONS = ("A", "A+B", "B", "C", "D", "E", "F", "G")
 SIZES = (1, 5, 10, 20)
@@ -315,7 +315,7 @@ def test_null_control_agrees_with_evaluate_and_knows_chance_prior_and_luck():
     for row in null.itertuples():
         assert row.estimate == pytest.approx(rows.loc[(row.library, row.scoring), "estimate"])
         assert row.ci_low < row.estimate < row.ci_high
-    assert len(null) == 3 * 2 + 2 and set(null["scoring"]) == set(SCORINGS)
+    assert len(null) == 3 * 2 + 2 and set(null["scoring"]) == set(ALL_SCORINGS)
     assert null["chance"].tolist() == pytest.approx([1 / 8] * 8)
     assert null["class_prior"].tolist() == pytest.approx([1 / 8] * 8)
     assert (null["n_queries"] == 160).all()

@@ -79,6 +79,18 @@ def test_what_runs_at_any_depth_changes_the_hash(package, file, old, new):
     assert hash_of_start() != before
 
 
+def test_what_registers_counts_where_its_register_is_used(package):
+    register = "METRICS = {}\n\n\ndef metric(name):\n    return lambda f: METRICS.setdefault(name, f)\n\n\n"
+    text = register + "@metric('a')\ndef a():\n    return 1\n\n\ndef every():\n    return METRICS\n\n\n"
+    text += "def other():\n    return 1\n"
+    path = package / "room" / "m.py"
+    path.write_text(text)
+    before = [provenance.code_hash(f"room.m:{name}") for name in ("every", "other")]
+    path.write_text(text.replace("return 1", "return 2", 1))
+    after = [provenance.code_hash(f"room.m:{name}") for name in ("every", "other")]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
 def test_a_start_is_followed_although_its_room_is_left_out(package):
     starts = ["room.a:start", "left.out"]
     before = provenance.code_hash(*starts, without=["left"])

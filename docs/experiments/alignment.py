@@ -38,7 +38,7 @@ from perturbret.data.splits import make_split
 from perturbret.encoders.baselines import fit_baseline
 from perturbret.encoders.bayes import fit_bayes
 from perturbret.evaluation.judge import evaluate
-from perturbret.evaluation.stats import cluster_bootstrap, paired_difference
+from perturbret.evaluation.stats import cluster_bootstrap
 from perturbret.evaluation.validation import best_readout
 from perturbret.files.atomic import replacing, write_text
 from perturbret.files.provenance import code_hash, environment
@@ -306,7 +306,7 @@ def level(table: pd.DataFrame, method: str) -> tuple[float, float, float]:
 def difference(table: pd.DataFrame, one: str, other: str) -> tuple[float, float, float]:
     """Paired difference with its interval over the conditions of all seeds."""
     (a, clusters, _), (b, _, _) = hits(table, one), hits(table, other)
-    return _numbers(paired_difference(a, b, clusters, seed=0))
+    return _numbers(cluster_bootstrap(a - b, clusters, seed=0))
 
 
 def by_seed(table: pd.DataFrame, one: str, other: str) -> np.ndarray:

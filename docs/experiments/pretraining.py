@@ -26,7 +26,7 @@ from perturbret.data.screen import Screen
 from perturbret.data.splits import get_split
 from perturbret.encoders.baselines import fit_baseline
 from perturbret.evaluation.judge import evaluate
-from perturbret.evaluation.stats import paired_difference
+from perturbret.evaluation.stats import cluster_bootstrap
 from perturbret.evaluation.validation import best_readout
 from perturbret.files.atomic import replacing, write_text
 from perturbret.files.provenance import code_hash, environment
@@ -133,8 +133,8 @@ def difference(table: pd.DataFrame, method: str, other: str, share: float) -> tu
     part = table[table["share"] == share]
     keys = ["seed", "query_id", "condition"]
     wide = part.pivot_table(index=keys, columns="method", values="exact_hit@1")[[method, other]].dropna()
-    found = paired_difference(
-        wide[method].to_numpy(), wide[other].to_numpy(), wide.index.get_level_values("condition"), seed=0
+    found = cluster_bootstrap(
+        (wide[method] - wide[other]).to_numpy(), wide.index.get_level_values("condition"), seed=0
     )
     return tuple(float(np.ravel(value)[0]) for value in (found.estimate, found.low, found.high))
 
@@ -185,8 +185,8 @@ def more_with_few(table: pd.DataFrame, mode: str) -> tuple[float, float, float] 
         return None
     wide = wide[needed].dropna()
     worth = {share: wide[f"{mode} shipped", share] - wide[f"{mode} random", share] for share in (few, many)}
-    found = paired_difference(
-        worth[few].to_numpy(), worth[many].to_numpy(), wide.index.get_level_values("condition"), seed=0
+    found = cluster_bootstrap(
+        (worth[few] - worth[many]).to_numpy(), wide.index.get_level_values("condition"), seed=0
     )
     return tuple(float(np.ravel(value)[0]) for value in (found.estimate, found.low, found.high))
 

@@ -14,6 +14,7 @@ from scipy.special import log_softmax, logsumexp
 
 from ..data.prepared import Cells, Context
 from ..files.atomic import replacing
+from ..files.plugins import load_plugins
 
 _PACKAGE = __package__.partition(".")[0]
 NAMES = ("constant", "log1p", "log1p_depth", "counts", "depth", "batch", "obsm:<key>")
@@ -378,13 +379,12 @@ def _load_layers(directory: Path, saved: dict) -> Encoder:
 
 
 def _load_step(step: dict, arrays: dict[str, np.ndarray], prefix: str) -> Transform:
-    """The step that a file describes; nothing but a `Transform` of this package is made."""
+    """The step that a file describes; nothing but a `Transform` of this package or of a plug-in is made."""
     package, _, module = step["module"].rpartition(".")
-    found = (
-        getattr(importlib.import_module(step["module"]), step["name"], None)
-        if package == __package__ and module.isidentifier()
-        else None
-    )
+    where = load_plugins().get(step["module"])
+    if package == __package__ and module.isidentifier():
+        where = importlib.import_module(step["module"])
+    found = getattr(where, step["name"], None)
     if not isinstance(found, type) or not issubclass(found, Transform):
         raise ValueError(f"layers: expected steps of {__package__}, got {step['module']}.{step['name']}")
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,17 +1,23 @@
 """The simple opponents: fitted on training cells, chosen on validation cells, kept as encoders like any other."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..data.prepared import Prepared
 from ..evaluation.validation import Fitted
-
-# Importing a module registers its opponents (`perturbret.encoders.methods.method`).
-from . import average, linear, mlp, naive_bayes, neighbours, trees, trivial  # noqa: F401
+from ..files.plugins import load_plugins
 from .bayes import fit_bayes
 from .methods import METHODS, fit_method
+
+# Importing a module registers its opponents: all modules of this room, then a user's own files.
+for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    importlib.import_module(f"{__package__}.{_found.name}")
+load_plugins()
 
 # What is tried for each setting where a recipe says nothing, from the simplest to the most complex.
 SEARCH = {

@@ -50,7 +50,16 @@ class BayesCeiling:
         """Log-likelihood ratio of every candidate to an unperturbed cell, float64 (n, C).
 
         Genes that no candidate changes add exactly 0. Always finite: candidates that the model excludes lie
-        `EXCLUDED` below the least likely other one. Arguments as for `bayes_log_posterior`.
+        `EXCLUDED` below the least likely other one.
+
+        Parameters
+        ----------
+        counts : csr_matrix, shape (n, G)
+            UMI counts, masked as the model expects.
+        totals : ndarray, shape (n,)
+            Masked totals (`perturbret.data.masking.mask_totals`).
+        batch : ndarray of str, shape (n,), optional
+            May be left out when there is one batch.
 
         Raises
         ------
@@ -147,66 +156,6 @@ class BayesCeiling:
         return codes
 
 
-def bayes_log_posterior(
-    truth: Truth,
-    counts,
-    totals: np.ndarray,
-    *,
-    batch: np.ndarray | None = None,
-    mask: str = "none",
-    columns: Mapping[str, np.ndarray] | None = None,
-    candidates: Sequence[str] | None = None,
-    genes: np.ndarray | None = None,
-) -> np.ndarray:
-    """Log posterior (n, C) of the candidates under the true model, given what an encoder sees.
-
-    Guides and non-response are summed out; batch and exposure are given.
-
-    Parameters
-    ----------
-    truth : Truth
-    counts : csr_matrix, shape (n, G)
-        UMI counts, masked by the policy `mask`.
-    totals : ndarray, shape (n,)
-        Masked totals (`perturbret.data.masking.mask_totals`).
-    batch : ndarray of str, shape (n,), optional
-        May be left out when there is one batch.
-    mask : str
-    columns : mapping of condition to int array, optional
-        Target columns that the policy acts on; needed unless `mask` is none.
-    candidates : sequence of str, optional
-        The columns of the result; by default all conditions of `truth`.
-    genes : ndarray of str, shape (G,), optional
-        Symbols of the columns of `counts`, where their order is not that of `truth`.
-
-    Raises
-    ------
-    ValueError
-        An unknown mask, candidate or batch; genes other than those of `truth`; missing `columns`.
-    """
-    model = _model(truth, mask, columns, candidates, genes)
-    return model.log_proba(model.log_likelihood(counts, totals, batch))
-
-
-def pooled_log_posterior(log_likelihood: np.ndarray, members: Sequence[np.ndarray], log_prior: np.ndarray):
-    """Log posterior (q, C) of groups of cells of one condition each.
-
-    Cells are independent given their condition, so that the rows `members[i]` of `log_likelihood` (n, C) add
-    up, and the prior counts once.
-    """
-    sums = np.stack([np.asarray(log_likelihood[rows], np.float64).sum(axis=0) for rows in members])
-    return sums + log_prior - logsumexp(sums + log_prior, axis=1, keepdims=True)
-
-
-def expected_hits(log_posterior: np.ndarray, ks: Sequence[int] = (1, 5, 8, 10)) -> np.ndarray:
-    """Probability (n, len(ks)) that the best ranking has the true condition among its top k.
-
-    Its mean estimates the ceiling of exact_hit@k with less noise than the hits themselves.
-    """
-    ordered = -np.sort(-np.exp(log_posterior), axis=1)
-    return np.stack([ordered[:, :k].sum(axis=1) for k in ks], axis=1)
-
-
 def fit_bayes(prepared: Prepared) -> BayesCeiling:
     """The ceiling of a prepared simulated screen, for its mask, candidates and context.
 
@@ -228,7 +177,15 @@ def fit_bayes(prepared: Prepared) -> BayesCeiling:
         raise ValueError(f"prepared: expected cells of the simulated screen, got {str(name)!r}")
     permuted = bool((drawn.to_numpy(str) != prepared.conditions).any())
     context, genes = prepared.context, prepared.cells.genes
-    return _model(truth, context.mask, prepared.columns, prepared.candidates, genes, permuted, context)
+    return make_ceiling(
+        truth,
+        mask=context.mask,
+        columns=prepared.columns,
+        candidates=prepared.candidates,
+        genes=genes,
+        permuted=permuted,
+        context=context,
+    )
 
 
 def load(directory: str | os.PathLike, *, cache: Path | None = None) -> BayesCeiling:
@@ -246,7 +203,38 @@ def load(directory: str | os.PathLike, *, cache: Path | None = None) -> BayesCei
     )
 
 
-def _model(truth, mask, columns, candidates, genes, permuted=False, context=None) -> BayesCeiling:
+def make_ceiling(
+    truth: Truth,
+    *,
+    mask: str = "none",
+    columns: Mapping[str, np.ndarray] | None = None,
+    candidates: Sequence[str] | None = None,
+    genes: np.ndarray | None = None,
+    permuted: bool = False,
+    context: Context | None = None,
+) -> BayesCeiling:
+    """The true model as it sees masked cells; guides and non-response are summed out, batch and exposure are given.
+
+    Parameters
+    ----------
+    truth : Truth
+    mask : str
+    columns : mapping of condition to int array, optional
+        Target columns that the mask acts on; needed unless it is `none`.
+    candidates : sequence of str, optional
+        By default all conditions of `truth`.
+    genes : ndarray of str, shape (G,), optional
+        Symbols of the cells' columns, where their order is not that of `truth`.
+    permuted : bool
+        Labels are not those that the cells were drawn with.
+    context : Context, optional
+        What it is evaluated in; None for use on bare arrays.
+
+    Raises
+    ------
+    ValueError
+        An unknown mask or candidate; genes other than those of `truth`; missing `columns`.
+    """
     if mask not in POLICIES:
         raise ValueError(f"mask: expected one of {list(POLICIES)}, got {mask!r}")
     if mask != "none" and columns is None:

@@ -1,6 +1,7 @@
 """The register of simple opponents: how each is fitted, which settings it has, which values are tried and allowed.
 
-A new opponent is one file with a function under `@method(...)`, imported by `baselines`, and a recipe.
+A new opponent is one function under `@method(...)` in a new file of this room, or in a file anywhere that the variable
+PERTURBRET_PLUGINS names (`perturbret.files.plugins`).
 """
 
 import itertools
@@ -16,7 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 from ..data.conditions import CTRL
 from ..data.prepared import Cells, Prepared
 from ..evaluation.scoring import by_name
-from ..evaluation.validation import SCORINGS, Fitted, best_readout
+from ..evaluation.validation import SELECTION_SCORINGS, Fitted, best_readout
 from .base import Encoder, Layer, Transform, compute_features
 
 
@@ -228,7 +229,7 @@ METHODS: dict[str, Method] = {}
 def method(
     name: str,
     *,
-    scorings: Sequence[str] = SCORINGS,
+    scorings: Sequence[str] = SELECTION_SCORINGS,
     drafts: bool = False,
     also_fits: Sequence[str] = (),
     **settings: Setting,

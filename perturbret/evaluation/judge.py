@@ -7,11 +7,20 @@ import pandas as pd
 
 from ..data.conditions import CTRL
 from ..data.prepared import Prepared
-from .metrics import chance, per_query, rank_top, relevance, top_conditions
+from .metrics import (
+    chance,
+    find_metric,
+    metric_by_label,
+    metric_columns,
+    per_query,
+    rank_top,
+    relevance,
+    top_conditions,
+)
 from .nulls import ALPHAS, detectable_leak, luck, luck_p_values
-from .retrieval import LIBRARY_KINDS as KINDS
-from .scoring import LIBRARY_ROLES, POOLINGS, SCORINGS, Scored, candidate_names, score_queries
-from .stats import AVERAGES, cluster_bootstrap, query_bootstrap
+from .retrieval import LIBRARY_KINDS
+from .scoring import ALL_SCORINGS, LIBRARY_ROLES, POOLINGS, Scored, candidate_names, score_queries
+from .stats import AVERAGES, cluster_bootstrap, cluster_mean, query_bootstrap
 
 QUERY_SIZES = (1, 5, 10, 20, 50)
 READOUT = ["library", "query_size", "pooling", "candidates", "scoring"]
@@ -22,10 +31,10 @@ def evaluate(
     prepared: Prepared,
     *,
     role: str = "query",
-    libraries: Sequence[str] = KINDS,
+    libraries: Sequence[str] = LIBRARY_KINDS,
     query_sizes: Sequence[int] = QUERY_SIZES,
     poolings: Sequence[str] = POOLINGS,
-    scorings: Sequence[str] = SCORINGS,
+    scorings: Sequence[str] = ALL_SCORINGS,
     candidates: str = "train",
     seed: int = 0,
     ablation: Sequence[str] = (),
@@ -128,31 +137,27 @@ def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -
         One row per library, query_size, pooling, candidates, scoring, metric and average (micro: over
         queries; macro: over the conditions' means): estimate, ci_low, ci_high, n_queries, n_conditions,
         chance. Chance is the same average of what equal scores for all candidates get on the same queries.
-        There is no row for the rank where a query's condition is not among the candidates, and none for the
-        margin, whose unit depends on the scoring.
+        There is no row for the rank, or another metric that is NaN there, where a query's condition is not among the
+        candidates, and none for the margin, whose unit depends on the scoring.
     """
-    known = [name for name in chance(np.array([[2, 0]])).columns if name != "margin"]
-    metrics = [name for name in scores.columns if name in known]
-    if scores["rank"].isna().any():
-        metrics.remove("rank")
+    known, absent = set(metric_columns("summarised")), scores[scores["rank"].isna()]
+    metrics = [name for name in scores.columns if name in known and not absent[name].isna().any()]
     values, equal = scores[metrics].to_numpy(np.float64), _chance_levels(scores, metrics)
     conditions = scores["condition"].to_numpy(str)
-    # Ranks go from 1 to the number of candidates, all other metrics from 0 to 1.
-    rank = np.array(metrics) == "rank"
-    bounds = rank.astype(float), np.where(rank, float(scores["n_candidates"].max()), 1.0)
+    limits = [find_metric(name).limits(scores["n_candidates"].max()) for name in metrics]
+    bounds = np.array(limits).reshape(-1, 2).T
     tables = []
     for key, rows in scores.groupby(READOUT, sort=True).indices.items():
         clusters = conditions[rows]
         for average in AVERAGES:
             options = {"average": average, "n_resamples": n_resamples, "seed": seed}
             found = cluster_bootstrap(values[rows], clusters, bounds=bounds, **options)
-            # Chance has no interval; the same function averages it in the same way.
-            level = cluster_bootstrap(equal[rows], clusters, average=average, n_resamples=1, seed=seed)
             columns = dict(zip(READOUT, key, strict=True))
             columns |= {"metric": metrics, "average": average}
             columns |= {"estimate": found.estimate, "ci_low": found.low, "ci_high": found.high}
             columns |= {"n_queries": len(rows), "n_conditions": len(np.unique(clusters))}
-            tables.append(pd.DataFrame({**columns, "chance": level.estimate}))
+            columns["chance"] = cluster_mean(equal[rows], clusters, average=average)
+            tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -197,8 +202,8 @@ def null_control(
     prepared: Prepared,
     *,
     role: str = "query",
-    libraries: Sequence[str] = KINDS,
-    scorings: Sequence[str] = SCORINGS,
+    libraries: Sequence[str] = LIBRARY_KINDS,
+    scorings: Sequence[str] = ALL_SCORINGS,
     candidates: str = "train",
     seed: int = 0,
     n_resamples: int = 1000,
@@ -225,7 +230,8 @@ def null_control(
         share of the most common condition among the queries; luck, what the same predictions hit on average
         when the query labels are permuted within batch; p_value, one-sided, of hitting so often by luck;
         n_queries; `detectable@ALPHA` for each of `nulls.ALPHAS`, the smallest share of queries whose label would
-        have to be given away for p < ALPHA with 80% power. A small p-value says that masking or another part of the
+        have to be given away for p < ALPHA with 80% power. Of every metric registered as `controlled`: its mean, and
+        `<metric>_luck` and `<metric>_p_value` likewise. A small p-value says that masking or another part of the
         pipeline gave the labels away.
     """
     encoder.context.check(prepared.context)
@@ -248,28 +254,38 @@ def null_control(
     tops = [rank_top(readout.scores) for readout in readouts]
     hits = [np.where(true >= 0, top[np.arange(len(true)), true], 0.0) for top in tops]
     found = query_bootstrap(np.stack(hits, axis=1), n_resamples=n_resamples, seed=seed)
-    return pd.DataFrame(
-        {
-            "library": [readout.library for readout in readouts],
-            "scoring": [readout.scoring for readout in readouts],
-            "candidates": candidates,
-            "estimate": found.estimate,
-            "ci_low": found.low,
-            "ci_high": found.high,
-            "chance": (true >= 0).mean() / len(column),
-            "class_prior": np.unique(queries.conditions, return_counts=True)[1].max() / len(queries),
-            "luck": [luck(top, true, queries.batch) for top in tops],
-            "p_value": luck_p_values(tops, true, queries.batch, n_permutations=n_permutations, seed=seed),
-            "n_queries": len(queries),
-        }
-        | {
-            f"detectable@{alpha}": [
-                detectable_leak(top, true, queries.batch, alpha=alpha, n_permutations=n_permutations)
-                for top in tops
-            ]
-            for alpha in ALPHAS
-        }
-    )
+    shuffles = {"n_permutations": n_permutations, "seed": seed}
+    table = {
+        "library": [readout.library for readout in readouts],
+        "scoring": [readout.scoring for readout in readouts],
+        "candidates": candidates,
+        "estimate": found.estimate,
+        "ci_low": found.low,
+        "ci_high": found.high,
+        "chance": (true >= 0).mean() / len(column),
+        "class_prior": np.unique(queries.conditions, return_counts=True)[1].max() / len(queries),
+        "luck": [luck(top, true, queries.batch) for top in tops],
+        "p_value": luck_p_values(tops, true, queries.batch, **shuffles),
+        "n_queries": len(queries),
+    }
+    for alpha in ALPHAS:
+        table[f"detectable@{alpha}"] = [
+            detectable_leak(top, true, queries.batch, alpha=alpha, n_permutations=n_permutations)
+            for top in tops
+        ]
+    labels, own = np.unique(queries.conditions, return_inverse=True)
+    for name in metric_columns("controlled"):
+        values = [
+            metric_by_label(name, readout.scores, relevance(labels, list(column))) for readout in readouts
+        ]
+        if any(np.isnan(each).any() for each in values):
+            raise ValueError(f"null control: expected numbers from metric {name!r}, got NaN")
+        sign = 1 if find_metric(name).better == "higher" else -1
+        table[name] = [each[np.arange(len(own)), own].mean() for each in values]
+        table[f"{name}_luck"] = [luck(each, own, queries.batch) for each in values]
+        signed = [sign * each for each in values]
+        table[f"{name}_p_value"] = luck_p_values(signed, own, queries.batch, **shuffles)
+    return pd.DataFrame(table)
 
 
 def _conditions_by_batch(prepared: Prepared, candidates: str) -> dict[str, np.ndarray]:
@@ -301,10 +317,9 @@ def _chance_levels(scores: pd.DataFrame, metrics: list[str]) -> np.ndarray:
     """Metrics (n, m) of equal scores: they depend on how many candidates there are of each relevance only."""
     shape = np.stack([scores["n_candidates"], scores["n_relevant"], scores["rank"].notna()], axis=1)
     shapes, code = np.unique(shape.astype(int), axis=0, return_inverse=True)
-    ks = [int(name.split("@")[1]) for name in metrics if name.startswith("exact_hit@")]
     levels = []
     for n_candidates, n_relevant, has_exact in shapes:
         level = (np.arange(n_candidates) < n_relevant).astype(np.int8)
         level[0] += has_exact
-        levels.append(chance(level[None], ks)[metrics].to_numpy(np.float64)[0])
+        levels.append(chance(level[None])[metrics].to_numpy(np.float64)[0])
     return np.array(levels)[code]

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, norm, poisson
+from scipy.special import bdtrc, ndtri, pdtrc
 
 from ..data.conditions import CTRL
 
@@ -60,7 +61,8 @@ def luck(top: np.ndarray, true: np.ndarray, batch: np.ndarray | None = None) -> 
     Parameters
     ----------
     top : ndarray, shape (q, c)
-        Probability that each candidate is ranked first (`metrics.rank_top`).
+        Probability that each candidate is ranked first (`metrics.rank_top`): what a query gets if its condition is c.
+        Another metric may stand in its place (`metrics.metric_by_label`).
     true : ndarray of int, shape (q,)
         Column of each query's condition, -1 when it is not among the candidates.
     batch : ndarray of str, shape (q,), optional
@@ -181,13 +183,12 @@ def detectable_leak(
 
     def found(k: int) -> float:
         """Power where k queries are given away."""
-        hits_by_luck, share = _distribution(*moments.at(k / n)), k / n
-        least = np.ceil(
-            hits_by_luck.isf(alpha) + 1 - 1e-9
-        )  # the first number of hits with a tail below alpha
+        by_luck, share = _Hits(*moments.at(k / n)), k / n
+        # The first whole number of hits that so many or more reach with a probability below alpha.
+        enough = np.ceil(by_luck.least(alpha) + 1 - 1e-9)
         # Which queries are given away is drawn too: the hits that they had anyway differ.
         spread = (1 - share) ** 2 * base_variance + share * (1 - share) * base_mean * (1 - base_mean / n)
-        return _distribution(base_mean * (1 - share), spread).sf(least - k - 1e-9)
+        return _Hits(base_mean * (1 - share), spread).above(enough - k - 1e-9)
 
     # Not monotone over the first few queries, where hits are whole numbers: the first k from which power suffices.
     low, high = 0, int((true >= 0).sum())
@@ -210,7 +211,7 @@ def detectable_in_family(row: pd.Series, m: int) -> float:
     known = np.array([row[f"detectable@{alpha}"] for alpha in ALPHAS], np.float64)
     if 0.05 / m < min(ALPHAS):
         return float("nan")
-    return float(np.interp(norm.isf(0.05 / m), norm.isf(ALPHAS), known))
+    return float(np.interp(-ndtri(0.05 / m), -ndtri(ALPHAS), known))
 
 
 def null_limits(row: pd.Series, m: int | None = None) -> str:
@@ -275,18 +276,54 @@ class _LuckMoments:
         return float(mean.sum()), float(np.maximum(variance, 0).sum())
 
 
-def _distribution(mean: float, variance: float):
-    """Hits of that mean and variance: binomial, or a Poisson moved up where most hits are sure."""
-    p = 1 - variance / mean if mean > 0 else 0.0
-    if not 0 < p < 0.5:
-        return poisson(variance, loc=mean - variance)
-    n = round(mean / p)
-    return binom(n, mean / n)
+@dataclass(frozen=True)
+class _Hits:
+    """Numbers of hits of some mean and variance: binomial, or a Poisson moved up where most hits are sure.
+
+    `scipy.stats` has both, and takes longer to import than a small screen to evaluate.
+    """
+
+    mean: float
+    variance: float
+
+    @cached_property
+    def binomial(self) -> tuple[int, float] | None:
+        """Its n and p; None for a Poisson."""
+        p = 1 - self.variance / self.mean if self.mean > 0 else 0.0
+        n = round(self.mean / p) if 0 < p < 0.5 else 0
+        return (n, self.mean / n) if n else None
+
+    @property
+    def sure(self) -> float:
+        return 0.0 if self.binomial else self.mean - self.variance
+
+    def above(self, x: float) -> float:
+        """Probability of more than x hits."""
+        return self._tail(int(np.floor(x - self.sure)))
+
+    def least(self, alpha: float) -> float:
+        """The smallest possible number of hits that is exceeded with a probability of at most `alpha`."""
+        low, high = -1, 1
+        while self._tail(high) > alpha:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._tail(middle) <= alpha else (middle, high)
+        return self.sure + high
+
+    def _tail(self, k: int) -> float:
+        """Probability of more than k hits beyond those that are sure."""
+        if k < 0:
+            return 1.0
+        if not self.binomial:
+            return float(pdtrc(k, self.variance))
+        n, p = self.binomial
+        return float(bdtrc(k, n, p)) if k < n else 0.0
 
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Predictions taken apart: the one best column (-2 where several tie), and the shares of those that tie.
+    """Predictions taken apart: the one column that hits (-2 where several may), and the shares of those.
 
     Comparing column numbers is many times faster than looking shares up, and most queries have one best.
     """
@@ -297,7 +334,7 @@ class _Predictions:
 
     @classmethod
     def of(cls, top: np.ndarray) -> "_Predictions":
-        tied = np.flatnonzero(top.max(axis=1) < 1)
+        tied = np.flatnonzero((top.max(axis=1) != 1) | (np.count_nonzero(top, axis=1) > 1))
         certain = top.argmax(axis=1).astype(np.int32)
         certain[tied] = -2
         # The last column is what a label outside the candidates, -1, looks up.

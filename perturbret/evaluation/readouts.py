@@ -8,7 +8,7 @@ import pandas as pd
 
 # In order of preference among read-outs that validation cells do not tell apart: the simpler first. A method's own
 # classifier needs nothing beside the method; whitening needs a covariance.
-SCORINGS = ("classifier", "cosine", "whitened", "classifier_corrected")
+SCORING_PREFERENCE = ("classifier", "cosine", "whitened", "classifier_corrected")
 LIBRARIES = ("none", "mean", "bootstrap", "raw_cell")
 # Shown beside the others, and never the read-out that stands for a method: it answers another question (all
 # conditions equally likely).
@@ -67,7 +67,7 @@ def choose_readout(
 
     The standard error is that of the paired difference to the best, with the condition as the unit (Breiman et al.
     1984, "Classification and regression trees", section 3.4.3, with the error of the difference in place of that of
-    one estimate). Simplest: first in the order of `SCORINGS`, then of `LIBRARIES`.
+    one estimate). Simplest: first in the order of `SCORING_PREFERENCE`, then of `LIBRARIES`.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def choose_readout(
         How often conditions are drawn anew, with all their cells in all seeds, for the stability.
     seed : int
     """
-    order = [(s, b) for s in SCORINGS for b in LIBRARIES]
+    order = [(s, b) for s in SCORING_PREFERENCE for b in LIBRARIES]
     sums = validation.pivot_table(
         index="condition", columns=["scoring", "library"], values=_METRIC, aggfunc="sum", observed=True
     )

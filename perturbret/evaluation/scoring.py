@@ -148,7 +148,7 @@ def _majority(prepared: Prepared, members: np.ndarray) -> np.ndarray | None:
 CLASSIFIER_SCORINGS = ("classifier", "classifier_corrected")
 
 
-SCORINGS = (*LIBRARY_SCORINGS, *CLASSIFIER_SCORINGS)
+ALL_SCORINGS = (*LIBRARY_SCORINGS, *CLASSIFIER_SCORINGS)
 
 
 POOLINGS = ("scores", "embeddings", "expression")
@@ -215,7 +215,7 @@ def score_queries(
     for name, asked, known in (
         ("libraries", libraries, LIBRARY_KINDS),
         ("poolings", poolings, POOLINGS),
-        ("scorings", scorings, SCORINGS),
+        ("scorings", scorings, ALL_SCORINGS),
     ):
         unknown = [value for value in asked if value not in known]
         if unknown or not asked:

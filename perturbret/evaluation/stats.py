@@ -6,6 +6,7 @@ resampled or flipped is the condition with all its queries. Formulas: docs/metho
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -167,26 +168,8 @@ def cluster_bootstrap(
         is out of range.
     """
     values = _checked(values, n_resamples, level)
-    sums, sizes = _cluster_sums(values, clusters, average)
-    estimate = sums.sum(axis=0) / sizes.sum()
-    if bounds is not None:
-        bounds = np.stack([np.broadcast_to(np.asarray(end, np.float64), estimate.shape) for end in bounds])
-        if (values < bounds[0] - _NOISE).any() or (values > bounds[1] + _NOISE).any():
-            raise ValueError(f"values: expected {bounds[0].min():g} to {bounds[1].max():g}, got others")
-    if len(sizes) < 2:
-        return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
-    variance, freedom = _jackknife(sums, sizes)
-    half = stdtrit(freedom, (1 + level) / 2) * np.sqrt(variance)
-    below, above = _bootstrap_t(sums, sizes, n_resamples, level, seed)
-    low, high = estimate - np.fmax(half, below), estimate + np.fmax(half, above)
-    if bounds is None:
-        return Estimates(estimate, low, high)
-    reach = (bounds[1] - bounds[0]) * (1 - ((1 - level) / 2) ** (np.sum(sizes**2) / sizes.sum() ** 2))
-    # An infinite bound has no value at it, and no interval is taken from there.
-    with np.errstate(invalid="ignore"):
-        high = np.where(np.abs(values - bounds[0]).max(axis=0) <= _NOISE, bounds[0] + reach, high)
-        low = np.where(np.abs(values - bounds[1]).max(axis=0) <= _NOISE, bounds[1] - reach, low)
-    return Estimates(estimate, np.maximum(low, bounds[0]), np.minimum(high, bounds[1]))
+    interval = _Interval(*_cluster_sums(values, clusters, average), n_resamples, level, seed)
+    return interval.within(bounds, values)
 
 
 def query_bootstrap(
@@ -194,22 +177,8 @@ def query_bootstrap(
 ) -> Estimates:
     """Mean of each column with the percentile interval of a bootstrap that resamples single queries.
 
-    For queries that are exchangeable, as those of a null control are: its labels are permuted over cells.
-
-    Parameters
-    ----------
-    values : ndarray of float, shape (n, m) or (n,)
-    n_resamples, level, seed
-        As for `cluster_bootstrap`.
-
-    Returns
-    -------
-    Estimates
-
-    Raises
-    ------
-    ValueError
-        As `cluster_bootstrap`.
+    For queries that are exchangeable, as those of a null control are: its labels are permuted over cells. Parameters
+    and errors as for `cluster_bootstrap`.
     """
     values = _checked(values, n_resamples, level)
     n = len(values)
@@ -217,43 +186,16 @@ def query_bootstrap(
     rows, counts = np.unique(values, axis=0, return_counts=True)
     estimate = counts @ rows / n
     if n < 2:
-        return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
+        return _unknown(estimate)
     resampled = [drawn @ rows / n for drawn in _multinomial(counts / n, n, n_resamples, seed)]
     low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return Estimates(estimate, low, high)
 
 
-def paired_difference(
-    a: np.ndarray,
-    b: np.ndarray,
-    clusters: Sequence,
-    *,
-    average: str = "micro",
-    n_resamples: int = 1000,
-    level: float = 0.95,
-    seed: int,
-) -> Estimates:
-    """Mean of `a` - `b`, metrics of two methods on the same queries, with `cluster_bootstrap`'s interval.
-
-    Parameters
-    ----------
-    a, b : ndarray of float, shape (n, m) or (n,)
-        Row i of both belongs to the same query.
-    clusters, average, n_resamples, level, seed
-        As for `cluster_bootstrap`.
-
-    Returns
-    -------
-    Estimates
-
-    Raises
-    ------
-    ValueError
-        Shapes of `a` and `b` differ; else as `cluster_bootstrap`.
-    """
-    return cluster_bootstrap(
-        _difference(a, b), clusters, average=average, n_resamples=n_resamples, level=level, seed=seed
-    )
+def cluster_mean(values: np.ndarray, clusters: Sequence, *, average: str = "micro") -> np.ndarray:
+    """The estimates (m,) of `cluster_bootstrap` without intervals."""
+    sums, sizes = _cluster_sums(_checked(values), clusters, average)
+    return sums.sum(axis=0) / sizes.sum()
 
 
 def repeated_mean(
@@ -299,20 +241,19 @@ def repeated_mean(
         As `cluster_bootstrap`.
     """
     values = _checked(values, n_resamples, level)
-    n_repeats = values.shape[1]
-    sums, sizes = _cluster_sums(np.column_stack([values, values.mean(axis=1)]), clusters, average)
+    n_repeats, average_value = values.shape[1], values.mean(axis=1)
+    sums, sizes = _cluster_sums(np.column_stack([values, average_value]), clusters, average)
     means = sums.sum(axis=0) / sizes.sum()
     spread = float(np.std(means[:-1], ddof=1)) if n_repeats > 1 else np.nan
-    options = {"average": average, "n_resamples": n_resamples, "level": level, "seed": seed}
-    found = cluster_bootstrap(values.mean(axis=1), clusters, bounds=bounds, **options)
+    interval = _Interval(sums[:, -1:], sizes, n_resamples, level, seed)
+    found = interval.within(bounds, average_value[:, None])
     low, high = float(found.low[0]), float(found.high[0])
     if len(sizes) > 1 and n_repeats > 1 and spread > _NOISE:
-        whole = cluster_bootstrap(values.mean(axis=1), clusters, **options)
-        variance, freedom = _jackknife(sums[:, -1:], sizes)
-        parts, freedoms = np.array([variance[0], spread**2 / n_repeats]), np.array([freedom, n_repeats - 1])
+        whole, variance, freedom = interval.within(None, values), interval.variance[0], interval.freedom
+        parts, freedoms = np.array([variance, spread**2 / n_repeats]), np.array([freedom, n_repeats - 1])
         total = parts.sum()
         widened = stdtrit(total**2 / np.sum(parts**2 / freedoms), (1 + level) / 2) ** 2 * total
-        widened -= stdtrit(freedom, (1 + level) / 2) ** 2 * variance[0]
+        widened -= stdtrit(freedom, (1 + level) / 2) ** 2 * variance
         low, high = (
             means[-1] + sign * np.sqrt(max((end[0] - means[-1]) ** 2 + widened, 0.0))
             for sign, end in ((-1, whole.low), (1, whole.high))
@@ -340,15 +281,11 @@ def repeated_difference(
     a, b : ndarray of float, shape (n_queries, n_repeats) or (n_queries,)
         Row i of both belongs to the same query. A method that knows no random numbers has one column, which is
         compared with every repeat of the other; else both have the same number of repeats.
-    clusters, average, level
+    clusters, average, n_resamples, level
         As for `repeated_mean`.
     n_permutations, seed
         Of `paired_permutation_p`, which gets the average over repeats. It says whether these fitted networks
         differ on other conditions; whether refitted ones would, is in the interval only.
-
-    Returns
-    -------
-    Repeated
 
     Raises
     ------
@@ -359,32 +296,23 @@ def repeated_difference(
     a, b = (x[:, None] if x.ndim == 1 else x for x in (a, b))
     if a.ndim == b.ndim == 2 and len(a) == len(b) and 1 in (a.shape[1], b.shape[1]):
         a, b = np.broadcast_arrays(a, b)
-    difference = _difference(a, b)
-    found = repeated_mean(
-        difference, clusters, average=average, n_resamples=n_resamples, level=level, seed=seed
-    )
-    average_difference = difference.mean(axis=1)
-    p = paired_permutation_p(
-        average_difference,
-        np.zeros_like(average_difference),
-        clusters,
-        average=average,
-        n_permutations=n_permutations,
-        seed=seed,
-    )
+    if a.shape != b.shape:
+        raise ValueError(f"a, b: expected the same queries in both, got shapes {a.shape} and {b.shape}")
+    options = {"average": average, "seed": seed}
+    found = repeated_mean(a - b, clusters, n_resamples=n_resamples, level=level, **options)
+    p = paired_permutation_p((a - b).mean(axis=1), clusters, n_permutations=n_permutations, **options)
     return replace(found, p_value=p)
 
 
 def paired_permutation_p(
-    a: np.ndarray,
-    b: np.ndarray,
+    difference: np.ndarray,
     clusters: Sequence,
     *,
     average: str = "micro",
     n_permutations: int = 10_000,
     seed: int,
 ) -> float:
-    """Two-sided p-value of the mean of `a` - `b` when the methods may be swapped within every cluster.
+    """Two-sided p-value of the mean difference of two methods that may be swapped within every cluster.
 
     Swapping two methods on a cluster turns the sign of its differences. All sign patterns are tried where
     there are at most `n_permutations` of them; else as many random ones, and the observed one is counted as
@@ -392,8 +320,8 @@ def paired_permutation_p(
 
     Parameters
     ----------
-    a, b : ndarray of float, shape (n,)
-        Row i of both belongs to the same query.
+    difference : ndarray of float, shape (n,)
+        Of the two methods on each query.
     clusters : sequence, length n
     average : {"micro", "macro"}
     n_permutations : int
@@ -407,11 +335,11 @@ def paired_permutation_p(
     Raises
     ------
     ValueError
-        As `paired_difference`.
+        `difference` holds NaN or several columns; else as `cluster_bootstrap`.
     """
-    difference = _checked(_difference(a, b), n_permutations, 0.5)
+    difference = _checked(difference, n_permutations)
     if difference.shape[1] != 1:
-        raise ValueError(f"a, b: expected one value per query, got {difference.shape[1]} columns")
+        raise ValueError(f"difference: expected one value per query, got {difference.shape[1]} columns")
     sums = _cluster_sums(difference, clusters, average)[0][:, 0]
     sums = sums[np.abs(sums) > _NOISE]
     observed = abs(sums.sum()) - _NOISE
@@ -447,7 +375,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def _checked(values: np.ndarray, n_resamples: int, level: float) -> np.ndarray:
+def _checked(values: np.ndarray, n_resamples: int = 1, level: float = 0.5) -> np.ndarray:
     values = np.asarray(values, np.float64)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or not len(values):
@@ -462,11 +390,42 @@ def _checked(values: np.ndarray, n_resamples: int, level: float) -> np.ndarray:
     return values
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"a, b: expected the same queries in both, got shapes {a.shape} and {b.shape}")
-    return a - b
+class _Interval:
+    """The interval of `cluster_bootstrap` around averages (m,), from sums (g, m) and sizes (g,) of clusters.
+
+    `variance` (m,) and `freedom` are the jackknife's; `reach` (2, m) is how far the interval goes below and above.
+    """
+
+    def __init__(self, sums: np.ndarray, sizes: np.ndarray, n_resamples: int, level: float, seed: int):
+        self.sizes, self.level = sizes, level
+        self.estimate = sums.sum(axis=0) / sizes.sum()
+        if len(sizes) > 1:
+            self.variance, self.freedom = _jackknife(sums, sizes)
+            half = stdtrit(self.freedom, (1 + level) / 2) * np.sqrt(self.variance)
+            self.reach = np.fmax(half, _bootstrap_t(sums, sizes, n_resamples, level, seed))
+
+    def within(self, bounds: Sequence | None, values: np.ndarray) -> Estimates:
+        """The interval, cut at `bounds`; `values` (n, m) say whether any lies off a bound."""
+        estimate, sizes = self.estimate, self.sizes
+        if bounds is not None:
+            lowest, highest = (np.broadcast_to(np.asarray(end, np.float64), estimate.shape) for end in bounds)
+            if (values < lowest - _NOISE).any() or (values > highest + _NOISE).any():
+                raise ValueError(f"values: expected {lowest.min():g} to {highest.max():g}, got others")
+        if len(sizes) < 2:
+            return _unknown(estimate)
+        low, high = estimate - self.reach[0], estimate + self.reach[1]
+        if bounds is None:
+            return Estimates(estimate, low, high)
+        # An infinite bound has no value at it, and no interval is taken from there.
+        with np.errstate(invalid="ignore"):
+            reach = (highest - lowest) * (1 - ((1 - self.level) / 2) ** (np.sum(sizes**2) / sizes.sum() ** 2))
+            high = np.where(np.abs(values - lowest).max(axis=0) <= _NOISE, lowest + reach, high)
+            low = np.where(np.abs(values - highest).max(axis=0) <= _NOISE, highest - reach, low)
+        return Estimates(estimate, np.maximum(low, lowest), np.minimum(high, highest))
+
+
+def _unknown(estimate: np.ndarray) -> Estimates:
+    return Estimates(estimate, np.full(estimate.shape, np.nan), np.full(estimate.shape, np.nan))
 
 
 def _cluster_sums(values: np.ndarray, clusters: Sequence, average: str) -> tuple[np.ndarray, np.ndarray]:
@@ -495,14 +454,14 @@ def _jackknife(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _bootstrap_t(
     sums: np.ndarray, sizes: np.ndarray, n_resamples: int, level: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """How far the bootstrap-t interval reaches below and above the averages, (m,) each; NaN if unknown."""
+) -> np.ndarray:
+    """How far the bootstrap-t interval reaches below and above the averages, (2, m); NaN if unknown."""
     n, estimate = len(sizes), sums.sum(axis=0) / sizes.sum()
     # Around the estimate sums are deviations: nothing cancels in the squares below.
     off = sums - estimate * sizes[:, None]
     error = np.sqrt(np.sum(off**2, axis=0))
     ratios = []
-    for drawn in _multinomial(np.full(n, 1 / n), n, n_resamples, seed):
+    for drawn in _equal_draws(n, n_resamples, seed, _CHUNK):
         total = (drawn @ sizes)[:, None]
         shift = drawn @ off / total
         square = drawn @ off**2 - 2 * shift * (drawn @ (off * sizes[:, None]))
@@ -512,11 +471,25 @@ def _bootstrap_t(
             ratios.append(np.where(spread > 1e-6 * error / sizes.sum(), shift / spread, np.nan))
     ratios = np.concatenate(ratios)
     reach = np.full((2, len(estimate)), np.nan)
-    known = ~np.isnan(ratios).all(axis=0)
     tails = [(1 + level) / 2, (1 - level) / 2]
-    reach[:, known] = np.nanquantile(ratios[:, known], tails, axis=0) * [[1], [-1]]
-    below, above = reach * error / sizes.sum()
-    return below, above
+    missing = np.isnan(ratios)
+    whole, known = ~missing.any(axis=0), ~missing.all(axis=0)
+    reach[:, whole] = np.quantile(ratios[:, whole], tails, axis=0) * [[1], [-1]]
+    if not (whole == known).all():  # slow
+        reach[:, known & ~whole] = np.nanquantile(ratios[:, known & ~whole], tails, axis=0) * [[1], [-1]]
+    return reach * error / sizes.sum()
+
+
+def _equal_draws(n: int, n_resamples: int, seed: int, chunk: int):
+    """How often each of n clusters is drawn; kept where that is little, since tables have many rows over the same."""
+    if n * n_resamples > chunk // 4:
+        return _multinomial(np.full(n, 1 / n), n, n_resamples, seed)
+    return _kept_draws(n, n_resamples, seed)
+
+
+@lru_cache(maxsize=8)
+def _kept_draws(n: int, n_resamples: int, seed: int) -> list[np.ndarray]:
+    return list(_multinomial(np.full(n, 1 / n), n, n_resamples, seed))
 
 
 def _multinomial(shares: np.ndarray, n: int, n_resamples: int, seed: int):

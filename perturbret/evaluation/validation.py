@@ -10,7 +10,8 @@ from ..data.prepared import Prepared
 from .metrics import rank_top
 from .scoring import candidate_names, score_queries
 
-SCORINGS = ("cosine", "whitened", "classifier")
+# Read-outs that settings are compared by, the preferred one of equals first.
+SELECTION_SCORINGS = ("cosine", "whitened", "classifier")
 # Whitening more dimensions than this costs more than it tells about a choice of settings.
 _MAX_WHITENED = 1024
 
@@ -44,7 +45,7 @@ class Fitted:
 
 
 def best_readout(
-    encoder, prepared: Prepared, *, seed: int, scorings: Sequence[str] = SCORINGS
+    encoder, prepared: Prepared, *, seed: int, scorings: Sequence[str] = SELECTION_SCORINGS
 ) -> tuple[str, float]:
     """The best read-out of single validation cells with a mean library, and its exact_hit@1.
 

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "downloads": ["download"],
         "hashing": ["mix", "name_seeds"],
         "places": ["CHECKOUT", "PACKAGE", "RESOURCES"],
+        "plugins": ["load_plugins"],
         "provenance": ["code_hash", "directory_hash", "environment"],
     },
 )

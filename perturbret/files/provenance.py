@@ -98,7 +98,7 @@ class _Module:
                     self.imported |= {each: (f"{name}.{module}", each) for each in names}
         for statement in tree.body:
             if not isinstance(statement, ast.Import | ast.ImportFrom):
-                for bound in _bound(statement) or {""}:
+                for bound in _bound(statement) | self._registers(statement) or {""}:
                     self.defined.setdefault(bound, []).append(statement)
 
     def _note(self, node: ast.Import | ast.ImportFrom) -> None:
@@ -121,6 +121,17 @@ class _Module:
             target = (inner, "") if _path(inner).is_file() else (".".join(words), alias.name)
             if _path(target[0]).is_file():
                 self.imported[alias.asname or alias.name] = target
+
+    def _registers(self, statement: ast.stmt) -> set[str]:
+        """Names that decorators of this module mention: where a register is used, what registers in it counts."""
+        called = {
+            node.func.id
+            for node in getattr(statement, "decorator_list", [])
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        parts = [part for name in called for part in self.defined.get(name, [])]
+        nodes = [node for part in parts for node in ast.walk(part)]
+        return {node.id for node in nodes if isinstance(node, ast.Name) and node.id in self.defined}
 
     def statements(self, name: str = "") -> list[ast.stmt]:
         """What runs for `name`: its own statements and those that bind none; every statement without a name."""

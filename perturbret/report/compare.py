@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.masking import UNSAFE
+from ..evaluation.metrics import find_metric, metric_columns
 from ..evaluation.nulls import detectable_in_family
 from ..evaluation.readouts import FIXED, LIBRARIES, choose_readout, common_readout, read_validation
 from ..evaluation.stats import holm, repeated_difference, repeated_mean
@@ -60,10 +61,6 @@ def display_name(encoder: str) -> str:
     return "Bayes ceiling" if encoder == CEILING else encoder
 
 
-METRICS = (
-    "exact_hit@1 exact_hit@5 exact_hit@8 exact_hit@10 relevant_hit@1 relevant_hit@5 relevant_hit@10 "
-    "mrr mrr@10 ndcg@5 ndcg_binary@5 ap"
-).split()
 LEAK_FREE = "all_targets"  # the mask of all headline numbers
 # What must be equal for two methods to be compared.
 ARENA = ["track", "train_share"]
@@ -312,15 +309,19 @@ def estimates(scores: pd.DataFrame, *, n_resamples: int) -> pd.DataFrame:
     rows = []
     for values, part in scores.groupby(keys, sort=True, observed=True):
         key = dict(zip(keys, values, strict=True))
-        metrics = METRICS if key["primary"] and key["query_size"] == 1 else ["exact_hit@1", "mrr"]
+        metrics = ["exact_hit@1", "mrr"]
+        if key["primary"] and key["query_size"] == 1:  # what was registered after these runs is not there
+            metrics = [
+                name for name in metric_columns("compared") if name in part and part[name].notna().all()
+            ]
         found, queries = repeats(part, metrics)
         key |= {"n_queries": len(queries), "n_conditions": queries["condition"].nunique()}
         key["n_repeats"] = found.shape[2]
         for metric, matrix in zip(metrics, found, strict=True):
             for average in ("micro", "macro") if key["primary"] else ("micro",):
-                # Every metric lies between 0 and 1, and so does its mean.
+                bounds = find_metric(metric).limits(part["n_candidates"].max())
                 mean = repeated_mean(
-                    matrix, queries["condition"], average=average, n_resamples=n_resamples, bounds=(0, 1)
+                    matrix, queries["condition"], average=average, n_resamples=n_resamples, bounds=bounds
                 )
                 row = {**key, "metric": metric, "average": average, "estimate": mean.estimate}
                 rows.append(row | {"ci_low": mean.low, "ci_high": mean.high, "spread": mean.spread})

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from ..alignment.gene_space import GeneSpace
-from ..evaluation.metrics import coverage_area
+from ..evaluation.metrics import coverage_area, metric_columns
 from ..evaluation.readouts import readout_name
 from .ablation import Report, validity
 from .compare import LEAK_FREE, SHOWN, display_name
@@ -141,8 +141,12 @@ def pool_table(report: Report) -> pd.DataFrame:
     return wide.set_axis(columns, axis=1).fillna("").rename(index=display_name).rename_axis(None)
 
 
-def metric_table(report: Report, metrics: list[str]) -> pd.DataFrame:
-    """Chosen read-outs on single cells, mask all_targets: several metrics and macro exact_hit@1, with chance last."""
+def metric_table(report: Report, metrics: list[str] | None = None) -> pd.DataFrame:
+    """Chosen read-outs on single cells, mask all_targets: several metrics and macro exact_hit@1, with chance last.
+
+    metrics : those registered as `tabled`, unless given.
+    """
+    metrics = metrics or [name for name in metric_columns("tabled") if name in report.chance]
     rows = pd.concat([report.single(metric=metric) for metric in metrics])
     table = interval_table(rows, metrics, rows=["encoder"])
     macro = report.single(average="macro").set_index("encoder").loc[table.index]

@@ -1,8 +1,10 @@
 """Fit a run's encoder and evaluate it: the two steps behind notebooks 03 and 05."""
 
+import inspect
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from ..data.sources import CheckpointNotFound, find_checkpoint
 from ..encoders.base import load_encoder, without_cache
 from ..encoders.baselines import fit_baseline, fit_functions
 from ..evaluation.judge import evaluate, null_control, summarise
+from ..evaluation.metrics import METRICS
 from ..evaluation.nulls import permute_conditions
 from ..evaluation.validation import Fitted
 from ..files.atomic import replacing, write_json, write_text
@@ -32,7 +35,7 @@ _HASHED_BY_CONTENT = ("files.atomic", "files.downloads", "data", "alignment.chun
 QUERY_SEED = 0
 # What is judged where nothing is named.
 _JUDGED = {"encoder": "pca", "mask": "all_targets", "track": "in_dist", "seed": 0, "search": {}}
-_VALIDATION = ("evaluation.judge:evaluate", "evaluation.judge:summarise")
+_VALIDATION = (evaluate, summarise)
 
 
 def fit_run(run: Run) -> pd.DataFrame:
@@ -88,9 +91,9 @@ def save_run(
     if "reloaded_equal" in fitted.checks and _kept(run):
         made = run.manifest["fit"]
         identity = run.identity.as_json()
-        if made["validation_code"] != _code(*_VALIDATION):
+        if made["validation_code"] != _validation_code():
             _validate(run, fitted.encoder, scores, summary)
-            made["validation_code"] = _code(*_VALIDATION)
+            made["validation_code"] = _validation_code()
         if run.manifest != {**run.manifest, "identity": identity, "fit": made}:
             write_json(run.directory / "manifest.json", {**run.manifest, "identity": identity, "fit": made})
         return fitted.selection
@@ -122,7 +125,7 @@ def save_run(
         "chosen": fitted.chosen,
         "checks": checks,
         "code": code,
-        "validation_code": _code(*_VALIDATION),
+        "validation_code": _validation_code(),
         "encoder_sha256": directory_hash(run.directory / "encoder"),
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(fitted.wall_s + time.perf_counter() - started, 2),
@@ -232,14 +235,14 @@ def fit_code(params: dict, made: str = "") -> str:
         to judge what was fitted, nobody needs it.
     """
     if params["encoder"] != TUNED:
-        return _code(*(f"{each.__module__}:{each.__qualname__}" for each in fit_functions(params["encoder"])))
+        return _code(*fit_functions(params["encoder"]))
     checkpoints = params["search"].get("checkpoint")
     if not isinstance(checkpoints, list):
         checkpoints = [(params.get("settings") or {}).get("checkpoint", Settings().checkpoint)]
     # Other weights under the same name are another start.
     then = made.split("-")[1:] if made else []
     known = then if len(then) == len(checkpoints) else [""] * len(checkpoints)
-    return "-".join([_code("perturbret.scgpt.modes:fit_scgpt"), *map(_start, checkpoints, known)])
+    return "-".join([_code("scgpt.modes:fit_scgpt"), *map(_start, checkpoints, known)])
 
 
 def _start(checkpoint: str, known: str) -> str:
@@ -252,11 +255,27 @@ def _start(checkpoint: str, known: str) -> str:
         return known
 
 
+def _validation_code() -> str:
+    return _code(*_VALIDATION, *(each.of for each in METRICS.values()))
+
+
 @cache
-def _code(*starts: str) -> str:
-    """Hash of what runs behind the starts, `perturbret.room.module:function`, on cells that are ready."""
-    own = (start.removeprefix("perturbret.") for start in starts)
-    return code_hash("data.prepared", *own, without=_HASHED_BY_CONTENT)
+def _code(*starts: str | Callable) -> str:
+    """Hash of what runs behind the starts, functions or `room.module:name`, on cells that are ready.
+
+    Of a function from outside of the package its whole file counts, or itself alone where it stands in a notebook.
+    """
+    own, outside = [], set()
+    for start in starts:
+        if isinstance(start, str):
+            own.append(start)
+        elif start.__module__.startswith("perturbret."):
+            own.append(f"{start.__module__.removeprefix('perturbret.')}:{start.__qualname__}")
+        else:
+            outside.add(
+                inspect.getsource(start if start.__module__ == "__main__" else inspect.getmodule(start))
+            )
+    return code_hash("data.prepared", *own, source="\n".join(sorted(outside)), without=_HASHED_BY_CONTENT)
 
 
 def _state(run: Run, name: str) -> Path:
