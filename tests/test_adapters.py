@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from perturbret.scgpt.adapters import (
+from perturbret.networks.adapters import (
     TARGETS,
     add_lora,
     freeze,

@@ -12,8 +12,9 @@ from scgpt_oracle import scgpt
 from scipy.sparse import csr_matrix
 
 from perturbret.data.prepared import Cells
+from perturbret.networks.inputs import like_batches
 from perturbret.scgpt import tokens as module
-from perturbret.scgpt.tokens import Tokens, bin_values, like_batches, tokenize
+from perturbret.scgpt.tokens import Tokens, bin_values, tokenize
 from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary
 
 N_GENES = 400

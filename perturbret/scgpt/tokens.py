@@ -24,6 +24,7 @@ from ..data.prepared import Cells
 from ..files.atomic import replacing
 from ..files.hashing import mix, name_seeds
 from ..files.provenance import code_hash
+from ..networks.inputs import block_positions
 from .vocabulary import CLS, NO_TOKEN, PAD, Vocabulary
 
 
@@ -142,30 +143,6 @@ class Tokens:
         genes = np.where(padding, self.pad_id, self.genes[at]).astype(np.int64)
         values = np.where(padding, self.pad_value, self.values[at]).astype(np.float32)
         return genes, values, padding if padding.any() else None
-
-
-def like_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Positions of all cells in batches of like length, the longest first.
-
-    A batch has at most `batch_tokens` tokens, padding included, or one cell; and where its cells have 1,024 tokens
-    or more, none is shorter than 9/10 of the longest: in a small set, padding would be much of the work.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = lengths[order[start]]
-        like = np.searchsorted(-lengths[order[start:]], -0.9 * longest, side="right")
-        size = max(1, min(batch_tokens // longest, max(like, 1024 // longest)))
-        yield order[start : start + size]
-        start += size
-
-
-def block_positions(indptr: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (cells, longest) of the cells' tokens, and where there is none: there stands a cell's first."""
-    starts, lengths = indptr[index], indptr[np.asarray(index) + 1] - indptr[index]
-    steps = np.arange(lengths.max(initial=0))
-    padding = steps >= lengths[:, None]
-    return starts[:, None] + np.where(padding, 0, steps), padding
 
 
 def tokenize(

@@ -9,7 +9,7 @@ gradients and losses are those of the joint batch.
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from ..evaluation.scoring import by_name
 from ..evaluation.validation import best_readout
 from ..files.atomic import replacing
 from .adapters import trainable
-from .model import Model, autocast, embed_rows, to_device
+from .embedding import autocast, embed_rows
+from .heads import HeadedNetwork
+from .inputs import to_device
 from .settings import Settings
 
 SAMPLERS = ("random", "balanced")
@@ -304,7 +306,7 @@ class Outcome:
 
 
 def train(
-    model: Model,
+    model: HeadedNetwork,
     source,
     index: np.ndarray,
     labels: np.ndarray,
@@ -321,9 +323,9 @@ def train(
 
     Parameters
     ----------
-    model : Model
+    model : HeadedNetwork
         Weights that require a gradient are trained: those of the head by `lr_head`, others by `lr_backbone`.
-    source : Tokens, Hidden or Rows
+    source : Inputs, Hidden or Rows
         Cells in the form that the model starts from.
     index : ndarray of int, shape (n,)
         Training cells.
@@ -359,7 +361,7 @@ def train(
         raise ValueError(
             f"accumulate: expected no more than the batches of an epoch, got {settings.accumulate}"
         )
-    settings = replace(settings, epochs=n_epochs(settings, n_steps))
+    settings = settings.model_copy(update={"epochs": n_epochs(settings, n_steps)})
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
         history, sums, best = _resume(Path(state) if state else None, key, accelerator, weights, optimiser)
@@ -456,7 +458,7 @@ def _plan(labels: np.ndarray, settings: Settings, seed: int, epoch: int) -> list
     )
 
 
-def _embed_shared(accelerator, model: Model, source, index: np.ndarray, precision: str):
+def _embed_shared(accelerator, model: HeadedNetwork, source, index: np.ndarray, precision: str):
     """Embeddings and logits of cells, each process doing a share."""
     mine = np.array_split(index, accelerator.num_processes)[accelerator.process_index]
     embeddings, logits = embed_rows(model, source, mine, precision=precision)
@@ -533,10 +535,10 @@ def _resume(path, key, accelerator, weights, optimiser) -> tuple[list[dict], dic
 class _Live:
     """The encoder that a model is at the moment, knowing the embeddings of some cells by name."""
 
-    kind = "scgpt"
+    kind = "in training"
     log_prior = None
 
-    def __init__(self, names: np.ndarray, embeddings: np.ndarray, model: Model, prepared: Prepared):
+    def __init__(self, names: np.ndarray, embeddings: np.ndarray, model: HeadedNetwork, prepared: Prepared):
         self._rows = pd.Series(np.arange(len(names)), index=names)
         self._embeddings, self._model = embeddings, model
         self.head, self.classes, self.context = model.head.classifier, prepared.candidates, prepared.context
@@ -552,7 +554,7 @@ class _Live:
             return logits.cpu().double().log_softmax(dim=1).numpy()
 
 
-def make_validation(prepared: Prepared, model: Model, options: Settings, seed: int) -> Validation:
+def make_validation(prepared: Prepared, model: HeadedNetwork, options: Settings, seed: int) -> Validation:
     """exact_hit@1 by the code of notebook 05, and the loss, of single validation cells.
 
     Read-out: the classifier; without one, cosine to the mean of training cells.
