@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.gene_space import GeneSpace
-from ..files.atomic import replacing
-from ..networks.training import TrainingFailed, schedule
+from ..networks.training import TrainingFailed, read_state, schedule, write_state
 from .checkpoint import save_checkpoint
 from .corpus import Part
 from .network import ScGPT, Shape
@@ -284,7 +282,8 @@ def pretrain(
             weights, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
         )
         key = _key(corpus, vocabulary, plan, seed, start)
-        history = _resume(state, key, network, decoders, optimiser)
+        parts = {"network": network, "decoders": decoders, "optimiser": optimiser}
+        history = _resume(state, key, parts)
         first = history[-1]["step"] if history else 0
         if history:
             report(f"resumed after step {first}")
@@ -312,7 +311,7 @@ def pretrain(
                 row = {"step": step + 1, "loss": float(np.mean(recent)), **found.mean().to_dict()}
                 history.append(row)
                 recent = []
-                _keep(state, key, network, decoders, optimiser, history)
+                _keep(state, key, parts, history)
                 report(f"step {step + 1}/{plan.steps}  loss {row['loss']:.4f}  held out {row['gene']:.4f}")
         by_dataset = _look(network, decoders, held_out, means, pad_id)
     by_dataset.index = [part.name for part in corpus]
@@ -393,23 +392,17 @@ def _key(corpus, vocabulary: Vocabulary, plan: Plan, seed: int, start) -> str:
     return digest.hexdigest()
 
 
-def _keep(path, key: str, network, decoders, optimiser, history: list[dict]) -> None:
-    if path is None:
-        return
-    parts = {"network": network, "decoders": decoders, "optimiser": optimiser}
-    content = {"key": key, "history": history, "random": torch.get_rng_state()}
-    with replacing(path) as temporary:
-        torch.save({**content, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+def _keep(path, key: str, parts: dict, history: list[dict]) -> None:
+    states = {name: part.state_dict() for name, part in parts.items()}
+    write_state(path, key, {"history": history, "random": torch.get_rng_state(), **states})
 
 
-def _resume(path, key: str, network, decoders, optimiser) -> list[dict]:
-    if path is None or not Path(path).exists():
+def _resume(path, key: str, parts: dict) -> list[dict]:
+    """The history of a state of the same key, everything else set back to it; empty without one."""
+    content = read_state(path, key)
+    if content is None:
         return []
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if content["key"] != key:
-        return []
-    network.load_state_dict(content["network"])
-    decoders.load_state_dict(content["decoders"])
-    optimiser.load_state_dict(content["optimiser"])
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
     torch.set_rng_state(content["random"])
     return content["history"]
