@@ -1,4 +1,4 @@
-"""Cells per second of `perturbret.scgpt.model.embed` against the scgpt package, same weights and cells.
+"""Cells per second of `perturbret.networks.embedding.embed` against the scgpt package, same weights and cells.
 
     PERTURBRET_DATA=... python benchmarks/embed.py [--device cpu|cuda] [--precision float32|bfloat16] [--cells 6]
 
@@ -36,11 +36,12 @@ import numpy as np
 import torch
 
 from perturbret.data.prepared import Cells
-from perturbret.scgpt import encoder as embeddings
+from perturbret.networks import embedding as embeddings
+from perturbret.networks.embedding import embed
+from perturbret.networks.inputs import like_batches
 from perturbret.scgpt.checkpoint import load_checkpoint, save_checkpoint
-from perturbret.scgpt.model import embed
 from perturbret.scgpt.network import ScGPT, Shape
-from perturbret.scgpt.tokens import bin_values, like_batches, tokenize
+from perturbret.scgpt.tokens import bin_values, tokenize
 from perturbret.scgpt.vocabulary import PAD, load_vocabulary, map_genes
 
 ROOT = Path(__file__).resolve().parents[1]

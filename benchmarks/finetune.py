@@ -9,7 +9,7 @@ panel of 303 genes, and 10x PBMC cut to 400 tokens. Contestants take turns (A B 
 seconds and of the ratios within a round, so that other work on the machine slows both alike. On a crowded machine the
 ratio of CPU seconds is the better guide.
 
-- `perturbret`: the network and the adapters that `perturbret.scgpt.modes` trains.
+- `perturbret`: the network and the adapters that `perturbret.networks.fit` trains.
 - `peft on stock`: scgpt's own network (`torch.nn.TransformerEncoder`), adapters by peft on its `self_attn` (whose two
   projections peft's wrapper adapts together), `linear1` and `linear2`, cells padded to the longest of the batch as the
   official collator does. Dropout 0 on both sides, which peft asks for there.
@@ -35,12 +35,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from perturbret.data.prepared import Cells
-from perturbret.scgpt.adapters import TARGETS, add_lora, freeze, trainable
-from perturbret.scgpt.checkpoint import restrict
-from perturbret.scgpt.model import Head, Model, autocast, to_device
+from perturbret.networks.adapters import add_lora, freeze, trainable
+from perturbret.networks.embedding import autocast
+from perturbret.networks.heads import Head, HeadedNetwork
+from perturbret.networks.inputs import to_device
+from perturbret.networks.training import classification
+from perturbret.scgpt.backbone import restrict
 from perturbret.scgpt.network import ScGPT, Shape
 from perturbret.scgpt.tokens import Tokens, tokenize
-from perturbret.scgpt.training import classification
 from perturbret.scgpt.vocabulary import PAD, Vocabulary, load_vocabulary, map_genes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +105,7 @@ def read_tokens(path: Path, n_cells: int, longest: int) -> tuple[Tokens, Vocabul
 
 
 class Stock(nn.Module):
-    """The official network with a classifier on `<cls>`, called as `perturbret.scgpt.model.Model` is."""
+    """The official network with a classifier on `<cls>`, called as `perturbret.networks.heads.HeadedNetwork` is."""
 
     def __init__(self, network: nn.Module, head: Head):
         super().__init__()
@@ -129,7 +131,7 @@ def contestants(vocabulary: Vocabulary, device: str) -> dict[str, nn.Module]:
     assert not theirs.load_state_dict(state, strict=False).unexpected_keys
     for network in (ours, theirs):
         freeze(network)
-    add_lora(ours, targets=tuple(TARGETS), layers=(), rank=RANK, alpha=ALPHA, dropout=0.0)
+    add_lora(ours, targets=tuple(ScGPT.lora_targets), layers=(), rank=RANK, alpha=ALPHA, dropout=0.0)
     pattern = r"transformer_encoder\.layers\.\d+\.(self_attn|linear1|linear2)"
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=pattern), theirs)
     adapters = trainable(theirs)
@@ -141,7 +143,7 @@ def contestants(vocabulary: Vocabulary, device: str) -> dict[str, nn.Module]:
         512, N_CLASSES, depth=0, width=1, dim=512, dropout=0.0, loss="classification", temperature=0.1
     )
     made = {
-        "perturbret": Model(ours, copy.deepcopy(head), pooling="cls", normalise=False),
+        "perturbret": HeadedNetwork(ours, copy.deepcopy(head), pooling="cls", normalise=False),
         "peft on stock": Stock(theirs, copy.deepcopy(head)),
     }
     return {name: model.to(device).train() for name, model in made.items()}

@@ -22,15 +22,15 @@ from perturbret.data.datasets import load_screen
 from perturbret.data.prepared import prepare
 from perturbret.data.sources import find_checkpoint
 from perturbret.data.splits import get_split
-from perturbret.scgpt import model as model_module
-from perturbret.scgpt.adapters import trainable
-from perturbret.scgpt.checkpoint import make_trunk
-from perturbret.scgpt.encoder import build_model
-from perturbret.scgpt.model import to_device
+from perturbret.networks import heads
+from perturbret.networks.adapters import trainable
+from perturbret.networks.encoder import build_network
+from perturbret.networks.inputs import to_device
+from perturbret.networks.training import classification, make_optimiser
+from perturbret.scgpt.backbone import backbone_for
 from perturbret.scgpt.network import Dropout
-from perturbret.scgpt.settings import read_settings
+from perturbret.scgpt.settings import ScGPTSettings
 from perturbret.scgpt.tokens import tokenize
-from perturbret.scgpt.training import classification, make_optimiser
 
 FILE = "papalexi2021_thp1_303genes.h5ad"
 N_CLASSES = 25
@@ -48,8 +48,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         split = get_split(screen, track="in_dist", seed=0, directory=folder)
     prepared = prepare(screen, split, mask="all_targets")
-    settings = read_settings({"mode": "full"})
-    trunk = make_trunk(
+    settings = ScGPTSettings.read({"mode": "full"})
+    backbone = backbone_for(
         prepared.cells.genes,
         checkpoint=find_checkpoint("small"),
         init="pretrained",
@@ -57,9 +57,9 @@ def main() -> int:
         dropout=settings.dropout,
         report=print,
     )
-    tokens = tokenize(prepared.cells, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
+    tokens = tokenize(prepared.cells, backbone.token_ids, backbone.vocabulary, **backbone.token_settings)
     torch.manual_seed(0)
-    network = build_model(trunk, settings, N_CLASSES).train()
+    network = build_network(backbone, settings, N_CLASSES).train()
     weights = trainable(network)
     optimiser = make_optimiser(weights, settings)
     rng = np.random.default_rng(0)
@@ -76,15 +76,15 @@ def main() -> int:
         return F.dropout(values, self.p, self.training)
 
     ways = {
-        "perturbret": (Dropout.forward, model_module.PART_TOKENS),
-        "torch's dropout": (torchs, model_module.PART_TOKENS),
+        "perturbret": (Dropout.forward, heads.PART_TOKENS),
+        "torch's dropout": (torchs, heads.PART_TOKENS),
         "whole batches": (Dropout.forward, 10**9),
         "both": (torchs, 10**9),
     }
     seconds = {way: [] for way in ways}
     for number in range(options.rounds + 2):
         for way, (dropout, part) in ways.items():
-            with patch.object(Dropout, "forward", dropout), patch.object(model_module, "PART_TOKENS", part):
+            with patch.object(Dropout, "forward", dropout), patch.object(heads, "PART_TOKENS", part):
                 before = time.process_time()
                 step()
                 if number > 1:  # the first ones warm up

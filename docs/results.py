@@ -18,9 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 from perturbret.files.atomic import replacing, write_json, write_text
+from perturbret.networks.families import NETWORKS
 from perturbret.report.compare import ARENA
 from perturbret.runs.pipeline import fit_code
-from perturbret.runs.runs import TUNED, read_manifest
+from perturbret.runs.runs import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "docs" / "results", ROOT / "README.md"
@@ -110,7 +111,7 @@ def render(readme: str, results: Path = RESULTS) -> str:
 
 def stale(results: Path = RESULTS) -> list[str]:
     """Data sets whose tables today's code would not make again, with the family of methods that it would refit."""
-    today = {"opponents": {"encoder": "pca"}, TUNED: {"encoder": TUNED, "search": {}}}
+    today = {"opponents": {"encoder": "pca"}, **{name: {"encoder": name, "search": {}} for name in NETWORKS}}
     return [
         f"{path.parent.name}: {family}"
         for path in sorted(results.glob("*/made.json"))
@@ -120,7 +121,8 @@ def stale(results: Path = RESULTS) -> list[str]:
 
 
 def _family(manifest: dict) -> str:
-    return TUNED if manifest["fit"]["params"]["encoder"] == TUNED else "opponents"
+    encoder = manifest["fit"]["params"]["encoder"]
+    return encoder if encoder in NETWORKS else "opponents"
 
 
 def _one(outputs: Path, values: set) -> str:

@@ -10,12 +10,12 @@ import toy
 
 from perturbret.data.prepared import UNLABELLED
 from perturbret.encoders.base import load_encoder, without_cache
-from perturbret.scgpt import modes
-from perturbret.scgpt.checkpoint import make_trunk
+from perturbret.networks import fit as modes
+from perturbret.networks.embedding import fingerprint
+from perturbret.scgpt.backbone import adapt, backbone_for, fit_scgpt
 from perturbret.scgpt.corpus import Part
-from perturbret.scgpt.modes import fit_scgpt
-from perturbret.scgpt.network import ScGPT, Shape, fingerprint
-from perturbret.scgpt.pretraining import Decoders, adapt_trunk, draw_batch, losses
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.pretraining import Decoders, draw_batch, losses
 
 STEPS = 6
 
@@ -30,8 +30,8 @@ def prepared():
 
 
 @pytest.fixture
-def trunk(prepared, tiny_checkpoint):
-    return make_trunk(
+def backbone(prepared, tiny_checkpoint):
+    return backbone_for(
         prepared.cells.genes, checkpoint=tiny_checkpoint, init="pretrained", seed=0, report=quiet
     )
 
@@ -46,21 +46,21 @@ def fit(prepared, tiny_checkpoint):
     return run
 
 
-def adapted(trunk, prepared, **given):
+def adapted(backbone, prepared, **given):
     cells = prepared.cells.take(prepared.roles == "train")
-    return adapt_trunk(
-        trunk, cells, **{"steps": STEPS, "learning_rate": 0.01, "seed": 0, "report": quiet, **given}
+    return adapt(
+        backbone, cells, **{"steps": STEPS, "learning_rate": 0.01, "seed": 0, "report": quiet, **given}
     )
 
 
-def test_weights_change_and_the_origin_says_so(trunk, prepared):
-    before = fingerprint(trunk.network)
-    made = adapted(trunk, prepared)
-    assert fingerprint(made.network) != before == fingerprint(trunk.network)
+def test_weights_change_and_the_origin_says_so(backbone, prepared):
+    before = fingerprint(backbone.network)
+    made = adapted(backbone, prepared)
+    assert fingerprint(made.network) != before == fingerprint(backbone.network)
     changed = [
         name
         for name, tensor in made.network.state_dict().items()
-        if not torch.equal(tensor, trunk.network.state_dict()[name])
+        if not torch.equal(tensor, backbone.network.state_dict()[name])
     ]
     assert "encoder.embedding.weight" in changed and len(changed) > 20
     said = made.origin["adapted"]
@@ -68,35 +68,35 @@ def test_weights_change_and_the_origin_says_so(trunk, prepared):
     assert said["cells"] == (prepared.roles == "train").sum()
     assert said["sha256"] == fingerprint(made.network)
     assert np.isfinite([said["held_out_gene"], said["held_out_mean"]]).all()
-    assert {**made.origin, "adapted": None} == {**trunk.origin, "adapted": None}
-    assert "adapted" not in trunk.origin
-    # Otherwise the trunk that it was.
-    assert made.vocabulary == trunk.vocabulary and made.token_settings == trunk.token_settings
-    assert made.network.shape == trunk.network.shape and not made.network.training
+    assert {**made.origin, "adapted": None} == {**backbone.origin, "adapted": None}
+    assert "adapted" not in backbone.origin
+    # Otherwise the backbone that it was.
+    assert made.vocabulary == backbone.vocabulary and made.token_settings == backbone.token_settings
+    assert made.network.shape == backbone.network.shape and not made.network.training
 
 
-def test_guesses_of_held_out_cells_get_better(trunk, prepared):
+def test_guesses_of_held_out_cells_get_better(backbone, prepared):
     short, long = (
-        adapted(trunk, prepared, steps=steps).origin["adapted"]["held_out_gene"] for steps in (2, 40)
+        adapted(backbone, prepared, steps=steps).origin["adapted"]["held_out_gene"] for steps in (2, 40)
     )
     assert long < 0.8 * short
 
 
-def test_the_same_again_and_another_seed(trunk, prepared):
+def test_the_same_again_and_another_seed(backbone, prepared):
     before = torch.get_rng_state()
-    first, again = (adapted(trunk, prepared).origin["adapted"]["sha256"] for _ in range(2))
-    assert first == again != adapted(trunk, prepared, seed=1).origin["adapted"]["sha256"]
+    first, again = (adapted(backbone, prepared).origin["adapted"]["sha256"] for _ in range(2))
+    assert first == again != adapted(backbone, prepared, seed=1).origin["adapted"]["sha256"]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_only_training_cells_with_and_without_label_take_part(fit, prepared, monkeypatch):
-    seen, inner = [], modes.adapt_trunk
+    seen, inner = [], modes.adapt
 
-    def observed(trunk, cells, **keywords):
+    def observed(backbone, cells, **keywords):
         seen.append(cells.names)
-        return inner(trunk, cells, **keywords)
+        return inner(backbone, cells, **keywords)
 
-    monkeypatch.setattr(modes, "adapt_trunk", observed)
+    monkeypatch.setattr(modes, "adapt", observed)
     fit()
     (names,) = seen
     roles = dict(zip(prepared.cells.names, prepared.roles, strict=True))
@@ -117,7 +117,7 @@ def test_no_label_and_no_order_of_cells_takes_part(fit, prepared):
     other = toy.reordered(
         dataclasses.replace(prepared, conditions=conditions), rng.permutation(len(conditions))
     )
-    first, second = (fit(each).encoder.trunk for each in (prepared, other))
+    first, second = (fit(each).encoder.backbone for each in (prepared, other))
     assert first.origin["adapted"]["sha256"] == second.origin["adapted"]["sha256"]
 
 
@@ -125,21 +125,21 @@ def test_no_label_and_no_order_of_cells_takes_part(fit, prepared):
 def test_an_adapted_encoder_is_saved_and_loaded(fit, prepared, tmp_path, mode):
     fitted = fit(mode=mode)
     plain = fit(mode="frozen", adapt="none").encoder
-    said = fitted.encoder.trunk.origin["adapted"]
+    said = fitted.encoder.backbone.origin["adapted"]
     # Everything after starts from the adapted weights.
-    assert fitted.checks["network_sha256"] == said["sha256"] != fingerprint(plain.trunk.network)
+    assert fitted.checks["network_sha256"] == said["sha256"] != fingerprint(plain.backbone.network)
     fitted.encoder.save(tmp_path / "encoder")
     assert json.loads((tmp_path / "encoder" / "encoder.json").read_text())["origin"]["adapted"] == said
     loaded = load_encoder(tmp_path)
     cells = prepared.cells.take(np.arange(20))
     mine = without_cache(fitted.encoder).embed(cells)
     np.testing.assert_array_equal(loaded.embed(cells), mine)
-    assert fingerprint(loaded.trunk.network) == said["sha256"]
+    assert fingerprint(loaded.backbone.network) == said["sha256"]
     if mode == "frozen":
         assert np.abs(mine - plain.embed(cells)).max() > 1e-2
 
 
-def test_cells_that_lack_no_gene(trunk):
+def test_cells_that_lack_no_gene(backbone):
     """Where every cell has every gene, there is no absent gene to guess, and nothing to fail on."""
     shape = Shape(23, 16, 2, 16, 1, 0.0, 20)
     genes, values = np.tile(np.arange(20, dtype=np.int32), 6), np.ones(120, np.float32)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from perturbret.scgpt.adapters import (
-    TARGETS,
+from perturbret.networks.adapters import (
     add_lora,
     freeze,
     is_adapter,
@@ -19,6 +18,7 @@ from perturbret.scgpt.adapters import (
 from perturbret.scgpt.network import ScGPT, Shape
 from perturbret.scgpt.settings import LORA_TARGETS
 
+TARGETS = ScGPT.lora_targets
 OPTIONS = {"targets": tuple(TARGETS), "layers": (), "rank": 2, "alpha": 4.0, "dropout": 0.0}
 PAD = 20
 

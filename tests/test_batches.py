@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from perturbret.scgpt.training import plan_batches, share
+from perturbret.networks.training import plan_batches, share
 
 LABELS = np.repeat(np.arange(6), [40, 20, 12, 9, 5, 2])
 

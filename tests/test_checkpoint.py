@@ -12,9 +12,9 @@ from scgpt_oracle import official_model, scgpt
 from scipy.sparse import csr_matrix
 
 from perturbret.data.prepared import Cells
+from perturbret.networks.embedding import embed, fingerprint
 from perturbret.scgpt.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from perturbret.scgpt.model import embed
-from perturbret.scgpt.network import ScGPT, Shape, fingerprint
+from perturbret.scgpt.network import ScGPT, Shape
 from perturbret.scgpt.tokens import tokenize
 from perturbret.scgpt.vocabulary import load_vocabulary
 

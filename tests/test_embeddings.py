@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from perturbret.scgpt import encoder as embeddings
-from perturbret.scgpt.encoder import cached_embed, embedding_key
-from perturbret.scgpt.model import embed
+from perturbret.networks import embedding as embeddings
+from perturbret.networks.embedding import cached_embed, embed, embedding_key
 from perturbret.scgpt.network import ScGPT, Shape
 from perturbret.scgpt.tokens import Tokens
 
@@ -65,7 +64,7 @@ def test_second_call_reads_the_same_bits(network, tmp_path, no_network):
     tokens = make_tokens()
     first = cached_embed(network, tokens, directory=tmp_path, normalise=True)
     np.testing.assert_array_equal(first, embed(network, tokens, normalise=True))
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npy"]
+    assert sorted(path.suffix for path in tmp_path.glob("*/*")) == [".json", ".npy"]
     no_network()
     network.train()
     again = cached_embed(network, make_tokens(), directory=tmp_path, normalise=True, batch_tokens=7)
@@ -122,7 +121,7 @@ def test_another_network_is_computed(network, tmp_path, computed, change):
     after = cached_embed(network, tokens, directory=tmp_path, normalise=False)
     assert len(computed) == 2 and np.abs(after - before).max() > 1e-5
     np.testing.assert_array_equal(after, embed(network, tokens, normalise=False))
-    assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert len(list(tmp_path.glob("*/*.npy"))) == 2
 
 
 def test_adapters_count_with_weights_and_scale(network, tmp_path, computed):
@@ -167,17 +166,11 @@ def test_each_setting_is_part_of_the_key(network, tmp_path, computed, change):
 
 
 def test_code_is_part_of_the_key(network, tmp_path, computed, monkeypatch):
-    tokens = make_tokens()
-    cached_embed(network, tokens, directory=tmp_path / "cache", normalise=True)
-    for name in embeddings._CODE:
-        (tmp_path / name).write_bytes((embeddings.Path(embeddings.__file__).with_name(name)).read_bytes())
-    monkeypatch.setattr(embeddings, "__file__", str(tmp_path / "embeddings.py"))
-    cached_embed(network, tokens, directory=tmp_path / "cache", normalise=True)
-    assert len(computed) == 1  # the same code elsewhere
-    for name in embeddings._CODE:
-        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
-        cached_embed(network, tokens, directory=tmp_path / "cache", normalise=True)
-    assert len(computed) == 1 + len(embeddings._CODE)
+    cached_embed(network, make_tokens(), directory=tmp_path, normalise=True)
+    starts = []
+    monkeypatch.setattr(embeddings, "code_hash", lambda *given: starts.extend(given) or "other code")
+    cached_embed(network, make_tokens(), directory=tmp_path, normalise=True)
+    assert len(computed) == 2 and starts == ["networks.embedding:embed", "scgpt.network"]
 
 
 def test_other_tokens_are_computed(network, tmp_path, computed):
@@ -216,7 +209,7 @@ def pickled(path):
 @pytest.mark.parametrize("damage", [cut, flip, flip_header, empty, pickled])
 def test_damaged_embeddings_are_computed_again(network, tmp_path, computed, damage):
     expected = cached_embed(network, make_tokens(), directory=tmp_path, normalise=True)
-    (path,) = tmp_path.glob("*.npy")
+    (path,) = tmp_path.glob("*/*.npy")
     before = path.read_bytes()
     damage(path)
     assert path.read_bytes() != before
@@ -233,7 +226,7 @@ def test_damaged_embeddings_are_computed_again(network, tmp_path, computed, dama
 )
 def test_damaged_record_is_not_trusted(network, tmp_path, computed, text):
     expected = cached_embed(network, make_tokens(), directory=tmp_path, normalise=True)
-    (record,) = tmp_path.glob("*.json")
+    (record,) = tmp_path.glob("*/*.json")
     if text is None:
         record.unlink()
     else:
@@ -245,7 +238,7 @@ def test_damaged_record_is_not_trusted(network, tmp_path, computed, text):
 def test_record_of_another_key_is_not_taken(network, tmp_path, computed):
     """As where 16 hexadecimal digits of two keys agree."""
     cached_embed(network, make_tokens(), directory=tmp_path, normalise=True)
-    (record,) = tmp_path.glob("*.json")
+    (record,) = tmp_path.glob("*/*.json")
     content = json.loads(record.read_text())
     content["key"]["weights"] = "0" * 64
     record.write_text(json.dumps(content))
@@ -273,7 +266,7 @@ def test_processes_may_race(network, tmp_path, no_network):
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         found = [bits for three in pool.map(race, [tmp_path] * 3) for bits in three]
     assert len(found) == 9 and len(set(found)) == 1
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npy"]
+    assert sorted(path.suffix for path in tmp_path.glob("*/*")) == [".json", ".npy"]
     no_network()
     assert cached_embed(network, make_tokens(), directory=tmp_path, normalise=True).tobytes() == found[0]
 

@@ -6,11 +6,19 @@ import pytest
 import torch
 from toy import tiny_model, tiny_tokens
 
-from perturbret.scgpt import training as finetune
-from perturbret.scgpt.adapters import trainable
-from perturbret.scgpt.model import embed_rows, run_lower
-from perturbret.scgpt.settings import Settings
-from perturbret.scgpt.training import COLLAPSED, TrainingFailed, Validation, n_epochs, schedule, spread, train
+from perturbret.networks import training as finetune
+from perturbret.networks.adapters import trainable
+from perturbret.networks.embedding import embed_rows, run_lower
+from perturbret.networks.training import (
+    COLLAPSED,
+    TrainingFailed,
+    Validation,
+    n_epochs,
+    schedule,
+    spread,
+    train,
+)
+from perturbret.scgpt.settings import ScGPTSettings
 
 TOKENS = tiny_tokens(80)
 INDEX = np.arange(64)
@@ -31,7 +39,7 @@ def validation(hits=None):
 
 def run(model=None, source=TOKENS, *, val="default", report=lambda line: None, seed=0, **options):
     arguments = {name: options.pop(name) for name in ("state", "key", "stop_epoch") if name in options}
-    settings = Settings(**{**OPTIONS, **options})
+    settings = ScGPTSettings(**{**OPTIONS, **options})
     model = tiny_model(settings.loss) if model is None else model
     outcome = train(
         model,
@@ -252,7 +260,7 @@ def test_a_weight_that_nothing_calls_gets_no_gradient_and_no_crash():
 def test_batches_without_positives_do_no_harm():
     """Four cells of as many conditions: the contrastive loss has nothing to say, the temperature no gradient."""
     model = tiny_model("contrastive")
-    settings = Settings(**{**OPTIONS, "loss": "contrastive", "batch_size": 4})
+    settings = ScGPTSettings(**{**OPTIONS, "loss": "contrastive", "batch_size": 4})
     outcome = train(
         model,
         TOKENS,
@@ -281,7 +289,7 @@ def test_bfloat16_trains_to_about_the_same():
 
 @pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (9, 2), (11, 3), (1000, 5)])
 def test_steps_limit_epochs(steps, epochs):
-    settings = Settings(**{**OPTIONS, "epochs": 5, "steps": steps})
+    settings = ScGPTSettings(**{**OPTIONS, "epochs": 5, "steps": steps})
     assert n_epochs(settings, 4) == epochs
     _, outcome = run(val=None, epochs=5, steps=steps)
     assert len(outcome.history) == epochs

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perturbret.scgpt.model import Head
+from perturbret.networks.heads import Head
 
 
 def make(loss="both", depth=2, width=7, dim=3, dropout=0.0, temperature=0.1, d_in=6, n_classes=4):

@@ -23,14 +23,15 @@ DOORS = {
     "evaluation": "files data",
     "alignment": "files data",
     "encoders": "files data evaluation",
-    "scgpt": "files data evaluation alignment encoders",
-    "runs": "files data evaluation encoders scgpt",
-    "pretraining": "files data alignment scgpt runs",
-    "report": "files data evaluation alignment encoders scgpt runs pretraining",
+    "networks": "files data evaluation",
+    "scgpt": "files data evaluation alignment networks",
+    "runs": "files data evaluation encoders networks",
+    "pretraining": "files data alignment networks scgpt runs",
+    "report": "files data evaluation alignment encoders networks scgpt runs pretraining",
     "workflow": "files data runs",
 }
 # torch is slow to import and heavy, so that nothing else may need it.
-NETWORKS = {"scgpt", "pretraining", "report.pretraining"}
+NETWORKS = {"networks", "scgpt", "pretraining", "report.pretraining"}
 PURE = {"evaluation"}  # functions of arrays and tables
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "lazy_loader"}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from perturbret.scgpt.training import carried_log_prior, classification, contrastive
+from perturbret.networks.training import carried_log_prior, classification, contrastive
 
 
 def batch(labels, d=5, seed=0):

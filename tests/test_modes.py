@@ -11,11 +11,11 @@ import toy
 from perturbret.data.prepared import Prepared
 from perturbret.encoders.base import load_encoder, without_cache
 from perturbret.evaluation.validation import best_readout
-from perturbret.scgpt import modes
-from perturbret.scgpt.adapters import trainable
-from perturbret.scgpt.model import embed
-from perturbret.scgpt.modes import fit_scgpt
-from perturbret.scgpt.network import ScGPT, fingerprint
+from perturbret.networks import fit as modes
+from perturbret.networks.adapters import trainable
+from perturbret.networks.embedding import embed, fingerprint
+from perturbret.scgpt.backbone import fit_scgpt
+from perturbret.scgpt.network import ScGPT
 from perturbret.scgpt.tokens import tokenize
 
 TINY = {
@@ -88,7 +88,7 @@ def test_each_mode_is_fitted_proved_and_reloaded(fit, tiny_prepared, tmp_path, g
     chance = 1 / len(tiny_prepared.candidates)
     assert 0 <= fitted.selection["exact_hit@1"][0] <= 1
     # What was proved.
-    assert fitted.checks["network_sha256"] == fingerprint(encoder.trunk.network)
+    assert fitted.checks["network_sha256"] == fingerprint(encoder.backbone.network)
     assert len(fitted.checks) == (1 if mode == "frozen" else 1 + members)
     for m in range(0 if mode == "frozen" else members):
         proof = fitted.checks[f"member{m}"]
@@ -189,11 +189,11 @@ def test_a_tuned_network_never_gets_embeddings_of_the_one_before(fit, tiny_prepa
     cells = tiny_prepared.cells
     np.testing.assert_allclose(encoder.embed(cells), without_cache(encoder).embed(cells), atol=1e-5)
     tokens = tokenize(
-        cells, encoder.trunk.token_ids, encoder.trunk.vocabulary, **encoder.trunk.token_settings
+        cells, encoder.backbone.token_ids, encoder.backbone.vocabulary, **encoder.backbone.token_settings
     )
     tuned, frozen = (
         embed(network, tokens, normalise=False)
-        for network in (encoder.members[0].network, encoder.trunk.network)
+        for network in (encoder.members[0].network, encoder.backbone.network)
     )
     assert np.abs(tuned - frozen).mean() > 1e-3
 
@@ -206,8 +206,8 @@ def test_training_reads_the_tokens_that_evaluation_reads(fit, tiny_prepared, mon
         return inner(model, source, *arguments, **keywords)
 
     monkeypatch.setattr(modes, "train", observed)
-    trunk = fit(mode="lora_head").encoder.trunk
-    tokens = tokenize(tiny_prepared.cells, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
+    backbone = fit(mode="lora_head").encoder.backbone
+    tokens = tokenize(tiny_prepared.cells, backbone.token_ids, backbone.vocabulary, **backbone.token_settings)
     assert seen == [tokens.hash]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scgpt_oracle import official_model
 
-from perturbret.scgpt.model import embed
-from perturbret.scgpt.network import ScGPT, Shape, fingerprint
+from perturbret.networks.embedding import embed, fingerprint
+from perturbret.scgpt.network import ScGPT, Shape
 from perturbret.scgpt.tokens import Tokens
 
 # The official network's fused path, in every comparison.

@@ -11,10 +11,9 @@ import torch
 from accelerate import Accelerator
 from toy import run_two, tiny_model, tiny_tokens
 
-from perturbret.scgpt.adapters import trainable
-from perturbret.scgpt.model import to_device
-from perturbret.scgpt.settings import Settings
-from perturbret.scgpt.training import (
+from perturbret.networks.adapters import trainable
+from perturbret.networks.inputs import to_device
+from perturbret.networks.training import (
     Validation,
     joint_loss,
     make_optimiser,
@@ -25,6 +24,7 @@ from perturbret.scgpt.training import (
     share,
     train,
 )
+from perturbret.scgpt.settings import ScGPTSettings
 
 LOSSES = ("classification", "contrastive", "both")
 LABELS = np.random.default_rng(5).integers(0, 4, 32)
@@ -33,7 +33,7 @@ SETTINGS = {"head_dropout": 0.0, "batch_size": 16, "epochs": 2, "lr_backbone": 0
 
 def gradients(loss):
     """Loss of one joint batch of 24 cells, and the gradient of every trained tensor."""
-    accelerator, settings = Accelerator(mixed_precision="no"), Settings(loss=loss)
+    accelerator, settings = Accelerator(mixed_precision="no"), ScGPTSettings(loss=loss)
     model = tiny_model(loss)
     wrapped = accelerator.prepare(model)
     mine = share(np.arange(24), accelerator.process_index, accelerator.num_processes)
@@ -47,7 +47,7 @@ def gradients(loss):
 def trained(loss):
     """Weights and history of a short training."""
     model, tokens = tiny_model(loss), tiny_tokens()
-    settings = Settings(loss=loss, **SETTINGS)
+    settings = ScGPTSettings(loss=loss, **SETTINGS)
 
     def score(embeddings, logits):
         return 0.0, float(np.square(embeddings).sum())
@@ -114,7 +114,7 @@ def test_schedule_rises_then_falls_to_zero():
 
 def test_each_weight_is_in_the_group_of_its_part():
     model = tiny_model("both")
-    settings = Settings(lr_backbone=0.003, lr_head=0.02, weight_decay=0.1)
+    settings = ScGPTSettings(lr_backbone=0.003, lr_head=0.02, weight_decay=0.1)
     optimiser = make_optimiser(trainable(model), settings)
     where = {id(w): group for group in optimiser.param_groups for w in group["params"]}
     assert len(where) == sum(len(group["params"]) for group in optimiser.param_groups)

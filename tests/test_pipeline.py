@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from perturbret.data.prepared import UNLABELLED
 from perturbret.data.sources import CheckpointNotFound
 from perturbret.encoders.base import load_encoder
+from perturbret.networks.embedding import device_name
 from perturbret.report import training as training_report
 from perturbret.report.compare import collect
 from perturbret.runs import pipeline
 from perturbret.runs.pipeline import evaluate_run, fit_code, fit_run
 from perturbret.runs.runs import RunExists, open_run, run_name
-from perturbret.scgpt.model import device_name
 
 REQUEST = {"encoder": "scgpt", "mask": "all_targets", "seed": 0}
 HEAD = {"mode": "head", "epochs": 2, "head_dim": 8, "batch_size": 32, "lora_targets": ("Wqkv",)}
@@ -264,19 +264,17 @@ def test_settings_are_those_of_the_run_there_and_without_one_it_is_an_error(copi
 
 def test_embeddings_are_computed_once_where_there_is_a_cache(copied, tmp_path, monkeypatch):
     from perturbret.encoders.base import without_cache
-    from perturbret.scgpt import encoder as embeddings
-    from perturbret.scgpt import encoder as scgpt
+    from perturbret.networks import embedding
 
     cells = copied.prepared.cells.take(np.arange(30))
     cached = load_encoder(copied.directory, cache=tmp_path / "cache")
     first = cached.embed(cells)
-    assert list((tmp_path / "cache").glob("embeddings-*.npy"))
+    assert list((tmp_path / "cache").glob("embeddings-*/*.npy"))
 
     def refuse(*arguments, **keywords):
         raise RuntimeError("computed")
 
-    monkeypatch.setattr(embeddings, "embed", refuse)
-    monkeypatch.setattr(scgpt, "embed", refuse)
+    monkeypatch.setattr(embedding, "embed", refuse)
     again = load_encoder(copied.directory, cache=tmp_path / "cache")
     assert again.embed(cells).tobytes() == first.tobytes()
     with pytest.raises(RuntimeError, match="computed"):

@@ -21,14 +21,15 @@ from perturbret.alignment.panels import align_screen
 from perturbret.data.prepared import prepare
 from perturbret.data.sources import DataNotFound
 from perturbret.data.splits import make_split
+from perturbret.networks.training import TrainingFailed
 from perturbret.pretraining import run as pretraining_run
 from perturbret.pretraining.run import open_pretraining, read_pretrained, run_pretraining, ship
 from perturbret.runs.runs import RunExists
 from perturbret.scgpt import corpus as corpus_module
 from perturbret.scgpt import pretraining
-from perturbret.scgpt.checkpoint import load_checkpoint, make_trunk
+from perturbret.scgpt.backbone import backbone_for, fit_scgpt
+from perturbret.scgpt.checkpoint import load_checkpoint
 from perturbret.scgpt.corpus import choose_vocabulary, make_corpus
-from perturbret.scgpt.modes import fit_scgpt
 from perturbret.scgpt.network import ScGPT, Shape
 from perturbret.scgpt.pretraining import (
     HIDDEN,
@@ -41,7 +42,6 @@ from perturbret.scgpt.pretraining import (
     pretrain,
     save_pretrained,
 )
-from perturbret.scgpt.training import TrainingFailed
 from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary, load_vocabulary
 
 GENES = np.array([f"G{i}" for i in range(30)])
@@ -372,14 +372,14 @@ def test_a_run_in_a_gene_space_and_a_training_run_that_refuses_another(spaced, t
     said = []
     fitted = fit_scgpt(prepared, seed=0, settings=settings, report=said.append)
     assert not any("WARNING" in line for line in said)
-    assert fitted.encoder.trunk.origin["gene_space"]["cells"]["ref"] == "all"
+    assert fitted.encoder.backbone.origin["gene_space"]["cells"]["ref"] == "all"
     other_split = prepare(screen, make_split(screen.obs, seed=1), mask="all_targets")
     fit_scgpt(other_split, seed=1, settings=settings, report=said.append)
     assert any("chosen on these cells of simulated: train of in_dist-seed0" in line for line in said)
-    trunk = make_trunk(
+    backbone = backbone_for(
         screen.genes, checkpoint=checkpoint, init="pretrained", seed=0, report=lambda line: None
     )
-    tokens = [trunk.vocabulary.tokens[i] if i >= 0 else None for i in trunk.token_ids]
+    tokens = [backbone.vocabulary.tokens[i] if i >= 0 else None for i in backbone.token_ids]
     assert tokens == [gene if gene in space.names else None for gene in screen.genes]
     assert np.isfinite(fitted.encoder.embed(prepared.cells)).all()
 

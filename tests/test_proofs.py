@@ -10,13 +10,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from toy import tiny_tokens
 
-from perturbret.scgpt import proofs
-from perturbret.scgpt.adapters import add_lora, freeze, merge_lora, trainable, unfreeze_last
-from perturbret.scgpt.model import Head, Model
-from perturbret.scgpt.network import ScGPT, Shape, fingerprint
-from perturbret.scgpt.proofs import ProofFailed, prove
-from perturbret.scgpt.settings import Settings
-from perturbret.scgpt.training import Outcome
+from perturbret.networks import proofs
+from perturbret.networks.adapters import add_lora, freeze, merge_lora, trainable, unfreeze_last
+from perturbret.networks.embedding import fingerprint
+from perturbret.networks.heads import Head, HeadedNetwork
+from perturbret.networks.proofs import ProofFailed, prove
+from perturbret.networks.training import Outcome
+from perturbret.scgpt.network import ScGPT, Shape
+from perturbret.scgpt.settings import ScGPTSettings
 
 TOKENS = tiny_tokens(24)
 INDEX = np.arange(20)
@@ -37,7 +38,7 @@ def make(original, adapt=None):
     else:
         adapt(network)
     head = Head(16, 4, depth=1, width=8, dim=6, dropout=0.0, loss="both", temperature=0.1)
-    return Model(network, head, pooling="cls", normalise=False, start=0)
+    return HeadedNetwork(network, head, pooling="cls", normalise=False, start=0)
 
 
 def tuned(model):
@@ -52,7 +53,7 @@ def check(model, original, *, sha256=None, gradients=None, n_steps=9, **options)
     gradients = dict.fromkeys(trainable(model), 1.0) if gradients is None else gradients
     sha256 = fingerprint(original) if sha256 is None else sha256
     outcome = Outcome(pd.DataFrame(), 1, gradients, n_steps)
-    return prove(model, original, sha256, TOKENS, INDEX, outcome, Settings(**options))
+    return prove(model, original, sha256, TOKENS, INDEX, outcome, ScGPTSettings(**options))
 
 
 def test_an_honest_training_passes():

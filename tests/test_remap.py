@@ -7,7 +7,7 @@ import pytest
 from scipy.sparse import csc_matrix, csr_matrix, random_array
 
 from perturbret.alignment.gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
-from perturbret.alignment.remapping import cached_remap, indicator, remap, verify_alignment
+from perturbret.alignment.remapping import indicator, remap, verify_alignment
 from perturbret.data.counts import CountsError
 from perturbret.data.genes import SymbolResolver
 
@@ -217,56 +217,6 @@ def test_sums_that_float32_does_not_hold_are_refused():
     half = csr_matrix(np.array([[0, 0, 2**23, 0, 2**23]], dtype=np.int64))
     with pytest.raises(GeneSpaceError, match="sums below"):
         remap(half, column_map("a"))
-
-
-class TestCache:
-    def kept(self, folder):
-        return sorted(file.name for file in folder.iterdir())
-
-    def test_the_same_content_is_read_again(self, tmp_path, monkeypatch):
-        first = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
-        monkeypatch.setattr("perturbret.alignment.remapping.remap", None)
-        again = cached_remap(COUNTS["a"].copy(), column_map("a"), genes=PANELS["a"], directory=tmp_path)
-        assert (first != again).nnz == 0 and len(self.kept(tmp_path)) == 1
-        integers = COUNTS["a"].astype(np.int16)
-        assert (
-            cached_remap(integers, column_map("a"), genes=PANELS["a"], directory=tmp_path) != first
-        ).nnz == 0
-
-    def test_other_content_of_the_same_shape_is_never_served(self, tmp_path):
-        cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
-        other = COUNTS["a"].copy()
-        other.data[3] += 1
-        made = cached_remap(other, column_map("a"), genes=PANELS["a"], directory=tmp_path)
-        assert (made != remap(other, column_map("a"))).nnz == 0 and len(self.kept(tmp_path)) == 2
-        swapped = column_map("a", ((0,), (2, 4), (1,), (3,)))
-        made = cached_remap(COUNTS["a"], swapped, genes=PANELS["a"], directory=tmp_path)
-        assert made.toarray()[0].tolist() == [1, 8, 2, 4] and len(self.kept(tmp_path)) == 3
-        renamed = np.array(["x", "OLD", "dup", "z", "dup"])
-        with pytest.raises(GeneSpaceError, match="the map was made for"):
-            cached_remap(COUNTS["a"], column_map("a"), genes=renamed, directory=tmp_path)
-
-    def test_a_map_for_another_panel_is_refused_where_a_file_is_kept(self, tmp_path):
-        cached_remap(COUNTS["b"], column_map("b"), genes=PANELS["b"], directory=tmp_path)
-        other = replace(column_map("b"), genes_sha256=hash_genes("xyz"))
-        with pytest.raises(GeneSpaceError, match="the map was made for"):
-            cached_remap(COUNTS["b"], other, genes=PANELS["b"], directory=tmp_path)
-
-    def test_a_file_under_the_wrong_name_or_damaged_is_made_again(self, tmp_path):
-        right = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
-        (file,) = tmp_path.iterdir()
-        content = dict(np.load(file))
-        forged = {**content, "data": content["data"] + 1}
-        moved = {**content, "key": "another"}
-        for change in (forged, moved):
-            np.savez(file, **change)
-            made = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
-            assert (made != right).nnz == 0
-            assert str(np.load(file)["key"]) == file.stem, "the damaged file is replaced"
-        for damaged in (b"", file.read_bytes()[:100]):
-            file.write_bytes(damaged)
-            made = cached_remap(COUNTS["a"], column_map("a"), genes=PANELS["a"], directory=tmp_path)
-            assert (made != right).nnz == 0
 
 
 def test_a_large_sparse_matrix_is_never_dense():

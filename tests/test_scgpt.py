@@ -1,6 +1,5 @@
 """The encoder of each mode is the same after it was saved and loaded, and embeds without leftovers."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -9,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perturbret.encoders.base import load_encoder, without_cache
-from perturbret.scgpt import encoder as scgpt
-from perturbret.scgpt.adapters import trainable
-from perturbret.scgpt.checkpoint import make_trunk
-from perturbret.scgpt.encoder import ScGPTEncoder, build_model, load
-from perturbret.scgpt.network import fingerprint
-from perturbret.scgpt.settings import read_settings
+from perturbret.networks import embedding
+from perturbret.networks.adapters import trainable
+from perturbret.networks.embedding import fingerprint
+from perturbret.networks.encoder import TunedEncoder, build_network, load
+from perturbret.scgpt.backbone import backbone_for
+from perturbret.scgpt.settings import ScGPTSettings
 
 MODES = {
     "frozen": {"mode": "frozen"},
@@ -34,8 +33,8 @@ def make(tiny_prepared, tiny_checkpoint):
     """Maker of an encoder whose trained tensors are random."""
 
     def of(given, *, cache=None, seed=0):
-        options = read_settings({"head_dim": 6, "head_width": 8, "head_depth": 1, **given})
-        trunk = make_trunk(
+        options = ScGPTSettings.read({"head_dim": 6, "head_width": 8, "head_depth": 1, **given})
+        backbone = backbone_for(
             tiny_prepared.cells.genes,
             checkpoint=tiny_checkpoint,
             init="pretrained",
@@ -45,18 +44,18 @@ def make(tiny_prepared, tiny_checkpoint):
         torch.manual_seed(seed)
         members = []
         for _ in range(options.members):
-            model = build_model(trunk, options, 5)
+            model = build_network(backbone, options, 5)
             with torch.no_grad():
                 for weight in trainable(model).values():
                     weight.add_(torch.empty_like(weight).uniform_(-0.2, 0.2))
                 if model.head is not None:
                     model.head.set_scale(torch.randn(30, 16))
             members.append(model.eval())
-        return ScGPTEncoder(
+        return TunedEncoder(
             kind="scgpt",
-            settings={"chosen": {**dataclasses.asdict(options), "stop_epochs": [3]}},
+            settings={"chosen": {**options.model_dump(), "stop_epochs": [3]}},
             options=options,
-            trunk=trunk,
+            backbone=backbone,
             members=tuple(members),
             classes=tiny_prepared.candidates,
             log_prior=np.log(np.full(5, 0.2)),
@@ -88,8 +87,8 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(make, tiny_prepared, tmp_path,
         encoder.context,
     )
     np.testing.assert_array_equal(loaded.log_prior, encoder.log_prior)
-    assert fingerprint(loaded.trunk.network) == fingerprint(encoder.trunk.network)
-    assert loaded.trunk.origin == encoder.trunk.origin
+    assert fingerprint(loaded.backbone.network) == fingerprint(encoder.backbone.network)
+    assert loaded.backbone.origin == encoder.backbone.origin
     json.dumps(loaded.settings)
 
 
@@ -161,12 +160,12 @@ def test_cached_embeddings_are_those_of_the_tuned_network(make, tiny_prepared, t
         np.testing.assert_array_equal(encoder.embed(cells), found[-1])
         np.testing.assert_array_equal(without_cache(encoder).embed(cells), found[-1])
     assert np.abs(found[0] - found[1]).max() > 1e-3
-    assert len(list(tmp_path.glob("embeddings-*.npy"))) == 2
+    assert len(list(tmp_path.glob("embeddings-*/*.npy"))) == 2
 
 
 def test_members_of_one_network_share_its_embedding(make, tiny_prepared, monkeypatch):
-    calls, inner = [], scgpt.embed
-    monkeypatch.setattr(scgpt, "embed", lambda *a, **k: (calls.append(1), inner(*a, **k))[1])
+    calls, inner = [], embedding.embed
+    monkeypatch.setattr(embedding, "embed", lambda *a, **k: (calls.append(1), inner(*a, **k))[1])
     make(MODES["heads"]).embed(tiny_prepared.cells)
     assert len(calls) == 1
     make(MODES["members"]).embed(tiny_prepared.cells)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import perturbret
 from perturbret.data.sources import find_checkpoint, load_checkpoint_registry
 from perturbret.pretraining.run import export
-from perturbret.scgpt.checkpoint import load_checkpoint, make_trunk
+from perturbret.scgpt.backbone import backbone_for
+from perturbret.scgpt.checkpoint import load_checkpoint
 from perturbret.scgpt.vocabulary import NO_TOKEN, SPECIALS, load_vocabulary, map_genes
 
 PLACE = Path(perturbret.__file__).resolve().parent / "resources" / "checkpoint_small"
@@ -88,8 +89,8 @@ def test_it_knows_the_genes_of_a_real_screen(real_data, loaded):
     genes = load_screen("norman_subset").genes
     found = map_genes(genes, loaded.vocabulary).token_ids != NO_TOKEN
     assert len(genes) == 500 and found.sum() >= 495
-    trunk = make_trunk(genes, checkpoint=PLACE, init="pretrained", seed=0, report=lambda line: None)
-    assert trunk.origin["genes_without_token"] == (~found).sum()
+    backbone = backbone_for(genes, checkpoint=PLACE, init="pretrained", seed=0, report=lambda line: None)
+    assert backbone.origin["genes_without_token"] == (~found).sum()
 
 
 def test_it_is_exported_as_the_official_package_reads_it(loaded, tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from perturbret.networks.training import _better
 from perturbret.report.training import best_epoch, gradient_table, proof_table, training_curves
-from perturbret.scgpt.training import _better
 
 
 def history(hits, losses, member=0):
@@ -27,7 +27,7 @@ def history(hits, losses, member=0):
 
 
 def kept_by_training(table):
-    """The epoch whose weights `perturbret.scgpt.training.train` keeps."""
+    """The epoch whose weights `perturbret.networks.training.train` keeps."""
     rows = table.to_dict("records")
     best = rows[0]
     for row in rows[1:]:

@@ -1,4 +1,4 @@
-"""A trunk is its checkpoint cut to a panel: the same embeddings from fewer tokens."""
+"""A backbone is its checkpoint cut to a panel: the same embeddings from fewer tokens."""
 
 import shutil
 
@@ -12,9 +12,9 @@ from perturbret.alignment.gene_space import (
     hash_genes,
     write_gene_space,
 )
-from perturbret.scgpt.checkpoint import load_checkpoint, make_trunk, restrict
-from perturbret.scgpt.model import embed
-from perturbret.scgpt.network import fingerprint
+from perturbret.networks.embedding import embed, fingerprint
+from perturbret.scgpt.backbone import backbone_for, restrict
+from perturbret.scgpt.checkpoint import load_checkpoint
 from perturbret.scgpt.tokens import tokenize
 from perturbret.scgpt.vocabulary import PAD, SPECIALS, Vocabulary, map_genes
 
@@ -32,7 +32,9 @@ def panel(tiny_prepared):
 
 
 def trunk_of(panel, checkpoint, init="pretrained", seed=0, dropout=None):
-    return make_trunk(panel.genes, checkpoint=checkpoint, init=init, seed=seed, dropout=dropout, report=quiet)
+    return backbone_for(
+        panel.genes, checkpoint=checkpoint, init=init, seed=seed, dropout=dropout, report=quiet
+    )
 
 
 def test_embeds_as_the_whole_checkpoint_does(panel, tiny_checkpoint):
@@ -40,26 +42,26 @@ def test_embeds_as_the_whole_checkpoint_does(panel, tiny_checkpoint):
     mapped = map_genes(panel.genes, whole.vocabulary)
     tokens = tokenize(panel, mapped.token_ids, whole.vocabulary, **whole.token_settings)
     expected = embed(whole.network, tokens, normalise=False)
-    trunk = trunk_of(panel, tiny_checkpoint)
-    tokens = tokenize(panel, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
-    np.testing.assert_allclose(embed(trunk.network, tokens, normalise=False), expected, atol=1e-5)
+    backbone = trunk_of(panel, tiny_checkpoint)
+    tokens = tokenize(panel, backbone.token_ids, backbone.vocabulary, **backbone.token_settings)
+    np.testing.assert_allclose(embed(backbone.network, tokens, normalise=False), expected, atol=1e-5)
     assert expected.std(axis=0).max() > 1e-2
-    assert len(trunk.vocabulary) == 11 + len(SPECIALS) < len(whole.vocabulary)
-    assert trunk.network.shape.pad_id == trunk.vocabulary.ids[PAD]
+    assert len(backbone.vocabulary) == 11 + len(SPECIALS) < len(whole.vocabulary)
+    assert backbone.network.shape.pad_id == backbone.vocabulary.ids[PAD]
 
 
 def test_tokens_are_those_of_the_genes(panel, tiny_checkpoint):
-    trunk = trunk_of(panel, tiny_checkpoint)
-    assert trunk.token_ids[0] == -1
-    assert [trunk.vocabulary.tokens[i] for i in trunk.token_ids[1:]] == list(panel.genes[1:])
+    backbone = trunk_of(panel, tiny_checkpoint)
+    assert backbone.token_ids[0] == -1
+    assert [backbone.vocabulary.tokens[i] for i in backbone.token_ids[1:]] == list(panel.genes[1:])
 
 
 def test_origin_says_where_it_came_from(panel, tiny_checkpoint):
-    trunk = trunk_of(panel, tiny_checkpoint)
+    backbone = trunk_of(panel, tiny_checkpoint)
     whole = load_checkpoint(tiny_checkpoint, report=quiet)
-    assert trunk.origin["checkpoint_sha256"] == fingerprint(whole.network)
-    assert trunk.origin["init"] == "pretrained" and trunk.origin["genes_without_token"] == 1
-    assert trunk.origin["account"].startswith("loaded 33 tensors")
+    assert backbone.origin["checkpoint_sha256"] == fingerprint(whole.network)
+    assert backbone.origin["init"] == "pretrained" and backbone.origin["genes_without_token"] == 1
+    assert backbone.origin["account"].startswith("loaded 33 tensors")
 
 
 def test_random_has_the_shape_and_none_of_the_weights(panel, tiny_checkpoint):

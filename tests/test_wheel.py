@@ -19,7 +19,7 @@ def refuse(*given, **named):
 socket.socket.connect = socket.create_connection = refuse
 import perturbret
 from perturbret.data.datasets import load_screen
-from perturbret.scgpt.modes import fit_scgpt
+from perturbret.scgpt.backbone import fit_scgpt
 from perturbret.data.prepared import prepare
 from perturbret.alignment.reference_cells import read_references
 from perturbret.data.splits import make_split

@@ -162,8 +162,8 @@ def tiny_model(
     """A network for `tiny_tokens` with adapters that have an effect, and a head; always the same weights."""
     import torch
 
-    from perturbret.scgpt.adapters import add_lora, freeze, trainable
-    from perturbret.scgpt.model import Head, Model
+    from perturbret.networks.adapters import add_lora, freeze, trainable
+    from perturbret.networks.heads import Head, HeadedNetwork
     from perturbret.scgpt.network import ScGPT, Shape
 
     with torch.random.fork_rng(devices=[]):
@@ -175,7 +175,7 @@ def tiny_model(
             if "lora_B" in name:
                 torch.nn.init.uniform_(weight, -0.3, 0.3)
         head = Head(16, n_classes, depth=1, width=8, dim=6, dropout=head_dropout, loss=loss, temperature=0.2)
-    return Model(network, head, pooling="cls", normalise=False, start=start)
+    return HeadedNetwork(network, head, pooling="cls", normalise=False, start=start)
 
 
 def run_two(script, *arguments):

@@ -42,11 +42,11 @@ from perturbret.evaluation.stats import cluster_bootstrap
 from perturbret.evaluation.validation import best_readout
 from perturbret.files.atomic import replacing, write_text
 from perturbret.files.provenance import code_hash, environment
+from perturbret.networks.embedding import device_name
 from perturbret.report.figures import new_figure
 from perturbret.runs.runs import outputs_root
+from perturbret.scgpt.backbone import fit_scgpt
 from perturbret.scgpt.corpus import make_corpus
-from perturbret.scgpt.model import device_name
-from perturbret.scgpt.modes import fit_scgpt
 from perturbret.scgpt.pretraining import Plan, pretrain, save_pretrained
 from perturbret.scgpt.vocabulary import SPECIALS, Vocabulary
 
@@ -78,7 +78,8 @@ CODE = (
     "evaluation.validation",
     "data.simulate",
     "scgpt.corpus",
-    "scgpt.modes",
+    "networks.fit",
+    "scgpt.backbone",
     "scgpt.pretraining",
 )
 

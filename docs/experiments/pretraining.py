@@ -30,10 +30,10 @@ from perturbret.evaluation.stats import cluster_bootstrap
 from perturbret.evaluation.validation import best_readout
 from perturbret.files.atomic import replacing, write_text
 from perturbret.files.provenance import code_hash, environment
+from perturbret.networks.embedding import device_name
 from perturbret.report.figures import new_figure
 from perturbret.runs.runs import outputs_root
-from perturbret.scgpt.model import device_name
-from perturbret.scgpt.modes import fit_scgpt
+from perturbret.scgpt.backbone import fit_scgpt
 
 HERE = Path(__file__).parent
 STARTS = {
@@ -52,7 +52,8 @@ CODE = (
     "encoders.baselines",
     "evaluation.judge",
     "evaluation.validation",
-    "scgpt.modes",
+    "networks.fit",
+    "scgpt.backbone",
 )
 
 load = cache(load_screen)

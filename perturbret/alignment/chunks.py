@@ -1,10 +1,8 @@
 """Counts of a dataset in chunks of cells, from memory or from a file larger than memory."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +10,7 @@ from scipy.sparse import csr_matrix
 
 from ..data.counts import check_counts
 from ..data.genes import is_ensembl_id
-from ..data.h5ad import Source, from_anndata, open_source, row_blocks
+from ..data.h5ad import open_source, row_blocks
 from ..data.screen import Screen
 from ..data.splits import Split, cells_of_role
 from .gene_space import GeneSpace, GeneSpaceError
@@ -59,7 +57,7 @@ class ChunkedCounts:
         Raises
         ------
         ValueError
-            `n_cells` is below 1; values that are no counts (CountsError); a damaged file.
+            `n_cells` is below 1; values that are not counts (CountsError); a damaged file.
         """
         if n_cells < 1:
             raise ValueError(f"n_cells: expected at least 1 cell per chunk, got {n_cells}")
@@ -67,7 +65,7 @@ class ChunkedCounts:
 
 
 def chunked_screen(screen: Screen, split: Split | None = None, *, role: str = "train") -> ChunkedCounts:
-    """Cells of a screen: those in one role where it is split, so that no other cell has a say; else all.
+    """Cells of a screen: those in one role where it is split, so that no other cell has influence; else all.
 
     Raises
     ------
@@ -97,25 +95,23 @@ def chunked_screen(screen: Screen, split: Split | None = None, *, role: str = "t
     return ChunkedCounts(screen.name, np.asarray(screen.genes, str), ids, len(chosen), read, cells)
 
 
-def chunked_h5ad(path: str | Path, *, name: str = "", **keys: Any) -> ChunkedCounts:
-    """Cells of an h5ad file, which is opened for each pass; `keys` as for `chunked_anndata`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As `perturbret.data.h5ad.open_source`, and as `chunked_anndata`.
-    """
-    return _chunked(lambda: open_source(path), name or Path(path).stem, **keys)
-
-
-def chunked_anndata(adata: Any, *, name: str, **keys: Any) -> ChunkedCounts:
-    """Cells of an AnnData object, in memory or backed.
+def chunked_h5ad(
+    path: str | Path,
+    *,
+    name: str = "",
+    matrix: str = "X",
+    symbol_key: str | None = None,
+    ensembl_key: str | None = None,
+    total_key: str | None = None,
+) -> ChunkedCounts:
+    """Cells of an h5ad file, which is opened for each pass.
 
     Parameters
     ----------
-    adata : anndata.AnnData
+    path : path
     name : str
-    matrix : str, default "X"
+        Empty for that of the file.
+    matrix : str
         `X`, `raw` or a layer, which holds counts.
     symbol_key : str, optional
         Column of var with gene symbols; by default the names of var.
@@ -128,11 +124,33 @@ def chunked_anndata(adata: Any, *, name: str, **keys: Any) -> ChunkedCounts:
 
     Raises
     ------
-    ValueError
-        There is no such matrix or column, or an Ensembl id is none.
+    FileNotFoundError, ValueError
+        As `perturbret.data.h5ad.open_source`; there is no such matrix or column; a value of `ensembl_key` is no id.
     """
-    source = from_anndata(adata)
-    return _chunked(lambda: nullcontext(source), name, **keys)
+    name = name or Path(path).stem
+    with open_source(path) as source:
+        if matrix not in source.matrices:
+            raise ValueError(f"{name}: matrix: expected one of {sorted(source.matrices)}, got {matrix!r}")
+        var = source.raw_var if matrix == "raw" else source.var
+        genes = var.index if symbol_key is None else _column(var, symbol_key, f"{name}: symbol_key", "var")
+        ids = None if ensembl_key is None else _column(var, ensembl_key, f"{name}: ensembl_key", "var")
+        totals = None
+        if total_key is not None:
+            totals = _column(source.obs, total_key, f"{name}: total_key", "obs").to_numpy(np.float64)
+        cell_names = source.obs.index.to_numpy(str)
+    genes = np.asarray(genes, str)
+
+    def read(n_cells):
+        def check(block, rows):
+            return check_counts(block, name=f"{name}: {matrix}", cells=cell_names[rows], genes=genes)
+
+        with open_source(path) as source:
+            everything = np.ones(len(cell_names), bool)
+            blocks = row_blocks(source.matrices[matrix], everything, name=name, check=check, rows=n_cells)
+            for block, rows in blocks:
+                yield block, None if totals is None else totals[rows]
+
+    return ChunkedCounts(name, genes, _ensembl_ids(genes, ids, name), len(cell_names), read)
 
 
 def chunked_in_space(dataset: ChunkedCounts, space: GeneSpace) -> ChunkedCounts:
@@ -161,41 +179,6 @@ def chunked_in_space(dataset: ChunkedCounts, space: GeneSpace) -> ChunkedCounts:
     return ChunkedCounts(dataset.name, genes, None, dataset.n_cells, read, dataset.cells)
 
 
-def _chunked(
-    opened: Callable[[], AbstractContextManager[Source]],
-    name: str,
-    *,
-    matrix: str = "X",
-    symbol_key: str | None = None,
-    ensembl_key: str | None = None,
-    total_key: str | None = None,
-) -> ChunkedCounts:
-    with opened() as source:
-        if matrix not in source.matrices:
-            raise ValueError(f"{name}: matrix: expected one of {sorted(source.matrices)}, got {matrix!r}")
-        var = source.raw_var if matrix == "raw" else source.var
-        genes = var.index if symbol_key is None else _column(var, symbol_key, f"{name}: symbol_key", "var")
-        ids = None if ensembl_key is None else _column(var, ensembl_key, f"{name}: ensembl_key", "var")
-        totals = None
-        if total_key is not None:
-            totals = _column(source.obs, total_key, f"{name}: total_key", "obs").to_numpy(np.float64)
-        cell_names = source.obs.index.to_numpy(str)
-    genes = np.asarray(genes, str)
-
-    def read(n_cells):
-        with opened() as source:
-
-            def check(block, rows):
-                return check_counts(block, name=f"{name}: {matrix}", cells=cell_names[rows], genes=genes)
-
-            everything = np.ones(len(cell_names), bool)
-            blocks = row_blocks(source.matrices[matrix], everything, name=name, check=check, rows=n_cells)
-            for block, rows in blocks:
-                yield block, None if totals is None else totals[rows]
-
-    return ChunkedCounts(name, genes, _ensembl_ids(genes, ids, name), len(cell_names), read)
-
-
 def _column(table: pd.DataFrame, key: str, what: str, where: str) -> pd.Series:
     if key not in table:
         raise ValueError(f"{what}: expected a column {key!r} in {where}, got {list(table.columns)[:20]}")
@@ -203,7 +186,7 @@ def _column(table: pd.DataFrame, key: str, what: str, where: str) -> pd.Series:
 
 
 def _ensembl_ids(genes: np.ndarray, ids, name: str = "") -> np.ndarray | None:
-    """The ids named, which must all be some; else the names of genes where all of those are ids."""
+    """The given ids, checked; without them the names of genes, where all are ids."""
     if ids is not None:
         ids = np.asarray(ids, str)
         bad = [identifier for identifier in ids if not is_ensembl_id(identifier)]

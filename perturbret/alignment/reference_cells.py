@@ -27,7 +27,7 @@ class Reference:
     matrix : str
         Where the counts are: `X`, `raw` or a layer.
     symbol_key, ensembl_key, total_key : str or None
-        See `perturbret.alignment.chunks.chunked_anndata`.
+        See `perturbret.alignment.chunks.chunked_h5ad`.
     perturbation_screen : bool
         Its cells are perturbed, so they are left out unless asked for.
     """

@@ -1,11 +1,6 @@
-"""Counts of a dataset -> counts in the common order of a gene space, kept by content and verified by value."""
+"""Counts of a dataset -> counts in the common order of a gene space, verified by value."""
 
-import hashlib
-import json
-import os
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +8,6 @@ from scipy.sparse import csr_matrix, issparse
 
 from ..data.counts import EXACT_LIMIT, check_counts
 from ..data.genes import SymbolResolver, is_ensembl_id, strip_version
-from ..files.atomic import replacing
 from .gene_space import ColumnMap, GeneSpace, GeneSpaceError, hash_genes
 
 
@@ -75,28 +69,6 @@ def indicator(columns: Sequence[Sequence[int]], n_columns: int) -> csr_matrix:
     flat = np.array([column for found in columns for column in found], dtype=np.int64)
     places = np.repeat(np.arange(len(columns)), sizes)
     return csr_matrix((np.ones(len(flat)), (flat, places)), shape=(n_columns, len(columns)))
-
-
-def cached_remap(
-    counts, columns: ColumnMap, *, genes: Sequence[str], directory: str | os.PathLike
-) -> csr_matrix:
-    """`remap`, kept in a file that is named by the content of counts, genes and map.
-
-    Any change of a count, a name or a column gives another name, so that a file is never found for data that it
-    was not made from, whatever their shapes. A file whose content is not what was written is made again.
-    """
-    _expect_panel(counts, columns, genes)
-    key = _key(counts, columns, genes)
-    path = Path(directory) / f"{key}.npz"
-    kept = _read(path, key, (counts.shape[0], len(columns.columns)))
-    if kept is not None:
-        return kept
-    made = remap(counts, columns, genes=genes)
-    with replacing(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(
-            stream, data=made.data, indices=made.indices, indptr=made.indptr, key=key, sha256=_digest(made)
-        )
-    return made
 
 
 def verify_alignment(
@@ -203,39 +175,3 @@ def _expect_same_gene(space, dataset, position, names, resolver) -> None:
         if name.strip() != gene and resolver.readings(name) != (gene,):
             meant = ", ".join(resolver.readings(name)) or "no known gene"
             raise GeneSpaceError(f"{dataset}: gene {position}: expected {gene}, got {name!r} ({meant})")
-
-
-def _key(counts, columns: ColumnMap, genes: Sequence[str]) -> str:
-    content = {"columns": columns.columns, "n_columns": columns.n_columns, "genes": hash_genes(genes)}
-    text = json.dumps({**content, "counts": _digest(csr_matrix(counts))}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest(matrix: csr_matrix) -> str:
-    """sha256 of the values of a sparse matrix, however its indices are sorted and whatever its type."""
-    if not matrix.has_canonical_format:
-        # Wide first: duplicate entries of int16 overflow when they are summed.
-        matrix = matrix.astype(np.float64)
-        matrix.sum_duplicates()
-    digest = hashlib.sha256(str(matrix.shape).encode())
-    for array, kind in (
-        (matrix.indptr, np.int64),
-        (matrix.indices, np.int64),
-        (matrix.data, np.float64),
-    ):
-        digest.update(np.ascontiguousarray(array, dtype=kind).data)
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str, shape: tuple[int, int]) -> csr_matrix | None:
-    """The kept matrix, or None where there is none or it is not what was written."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            matrix = csr_matrix((file["data"], file["indices"], file["indptr"]), shape=shape)
-            if str(file["key"]) == key and str(file["sha256"]) == _digest(matrix):
-                return matrix
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return None

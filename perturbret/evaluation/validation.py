@@ -29,7 +29,7 @@ class Fitted:
     chosen : dict
         The chosen settings; `fit_baseline(..., fixed=chosen)` fits the same encoder again.
     history : pandas.DataFrame or None
-        One row per epoch, for what is trained in epochs by `perturbret.scgpt.modes`.
+        One row per epoch, for what is trained in epochs by `perturbret.networks.fit`.
     checks : dict
         What was proved of the encoder, for the manifest.
     wall_s : float

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "atomic": ["replacing", "reporting_full", "write_json", "write_text"],
+        "cache": ["cached"],
         "downloads": ["download"],
         "hashing": ["mix", "name_seeds"],
         "places": ["CHECKOUT", "PACKAGE", "RESOURCES"],

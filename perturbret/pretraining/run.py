@@ -15,10 +15,10 @@ from ..alignment.remapping import verify_alignment
 from ..data.sources import find_checkpoint
 from ..files.atomic import write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
+from ..networks.embedding import device_name
 from ..runs.runs import RunExists, outputs_root, read_manifest, write_table
 from ..scgpt.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from ..scgpt.corpus import Part, choose_vocabulary, make_corpus
-from ..scgpt.model import device_name
 from ..scgpt.pretraining import PRESETS, Decoders, Plan, PretrainedNetwork, pretrain, save_pretrained
 from ..scgpt.vocabulary import SPECIALS, Vocabulary, load_vocabulary
 

@@ -14,7 +14,8 @@ from ..evaluation.nulls import detectable_in_family
 from ..evaluation.readouts import FIXED, LIBRARIES, choose_readout, common_readout, read_validation
 from ..evaluation.stats import holm, repeated_difference, repeated_mean
 from ..files.provenance import directory_hash
-from ..runs.runs import SCRATCH, TUNED, Identity, read_manifest
+from ..networks.families import NETWORKS
+from ..runs.runs import SCRATCH, Identity, read_manifest
 
 CEILING = "bayes_ceiling"
 # They read no expression: what they reach is the screen's design, not biology.
@@ -22,18 +23,18 @@ NUISANCE = ("prior", "library_size", "batch")
 ROLES = ("simple", "tuned", "nuisance", "ceiling", "precomputed")
 
 
-def role_of(encoder: str, mask: str, tuned: str = "scgpt") -> str:
+def role_of(encoder: str, mask: str) -> str:
     """What an encoder can stand for.
 
     Returns
     -------
     str
-        `tuned`: a mode of scGPT; `nuisance`: it reads no expression; `ceiling`: it knows the simulated truth;
+        `tuned`: a mode of a network; `nuisance`: it reads no expression; `ceiling`: it knows the simulated truth;
         `precomputed`: an embedding that was made before the mask acted; `simple`: any other opponent.
     """
     if encoder.startswith("obsm:") and mask != "none":
         return "precomputed"
-    named = {tuned: "tuned", CEILING: "ceiling"} | dict.fromkeys(NUISANCE, "nuisance")
+    named = dict.fromkeys(NETWORKS, "tuned") | dict.fromkeys(NUISANCE, "nuisance") | {CEILING: "ceiling"}
     return named.get(encoder, "simple")
 
 
@@ -219,7 +220,7 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
             b for b in LIBRARIES[1:] if all(b in run.manifest["evaluation"]["libraries"] for run in group)
         ]
         validation = pd.concat([read_validation(run.directory, libraries) for run in group])
-        role = role_of(group[0].params["encoder"], mask, TUNED)
+        role = role_of(group[0].params["encoder"], mask)
         if role == "ceiling":  # only its posterior bounds other methods, not a cosine of its likelihoods
             validation = validation[validation["scoring"] == "classifier"]
         # What is to be exceeded stands at its best: no standard error is given away.

@@ -8,9 +8,9 @@ import torch
 from matplotlib.figure import Figure
 
 from ..data.prepared import Cells
+from ..networks.embedding import embed
 from ..pretraining.run import CHECKPOINT, Pretraining
 from ..scgpt.checkpoint import load_checkpoint
-from ..scgpt.model import embed
 from ..scgpt.network import ScGPT
 from ..scgpt.pretraining import PretrainedNetwork
 from ..scgpt.tokens import Tokens, tokenize

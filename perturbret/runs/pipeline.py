@@ -24,13 +24,16 @@ from ..evaluation.nulls import permute_conditions
 from ..evaluation.validation import Fitted
 from ..files.atomic import replacing, write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
-from ..scgpt.settings import Settings
+from ..networks.families import NETWORKS
 from .progress import Progress
-from .runs import SCRATCH, TUNED, Run, open_run, outputs_root, read_manifest, write_table
+from .runs import SCRATCH, Run, open_run, outputs_root, read_manifest, write_table
 
 # A fit starts from masked cells whose content is hashed (`Context.cells_hash`) and from checkpoints hashed by content:
 # whatever makes these may change without making an encoder stale that was fitted on the same.
-_HASHED_BY_CONTENT = ("files.atomic", "files.downloads", "data", "alignment.chunks", "alignment.remapping")
+_HASHED_BY_CONTENT = (
+    *("files.atomic", "files.cache", "files.downloads"),
+    *("data", "alignment.chunks", "alignment.remapping"),
+)
 # Pseudo-bulks and bootstrap libraries of query cells are the same for every seed, as the query cells are.
 QUERY_SEED = 0
 # What is judged where nothing is named.
@@ -204,9 +207,9 @@ def _validate(run: Run, encoder, scores=None, summary=None) -> None:
 
 
 def _device(params: dict) -> str:
-    if params["encoder"] != TUNED:
+    if params["encoder"] not in NETWORKS:
         return "cpu"
-    from ..scgpt.model import device_name
+    from ..networks.embedding import device_name
 
     return device_name()
 
@@ -214,11 +217,13 @@ def _device(params: dict) -> str:
 def _fit(run: Run, prepared: Prepared, name: str, fixed: dict | None = None) -> Fitted:
     """Fit the run's method on true or permuted labels; `fixed`: with settings that were chosen before."""
     options = {"seed": run.params["seed"], "search": run.params["search"] or None, "fixed": fixed}
-    if run.params["encoder"] != TUNED:
+    family = NETWORKS.get(run.params["encoder"])
+    if family is None:
         return fit_baseline(run.params["encoder"], prepared, **options)
-    from ..scgpt.modes import fit_scgpt
+    from ..networks.fit import fit_network
 
-    return fit_scgpt(
+    return fit_network(
+        family.backbone,
         prepared,
         **options,
         report=Progress("" if name == "encoder" else "null twin"),
@@ -234,25 +239,37 @@ def fit_code(params: dict, made: str = "") -> str:
     made : the hash of a fit that is there. A checkpoint that is no longer on this machine counts as what it was then:
         to judge what was fitted, nobody needs it.
     """
-    if params["encoder"] != TUNED:
+    family = NETWORKS.get(params["encoder"])
+    if family is None:
         return _code(*fit_functions(params["encoder"]))
     checkpoints = params["search"].get("checkpoint")
     if not isinstance(checkpoints, list):
-        checkpoints = [(params.get("settings") or {}).get("checkpoint", Settings().checkpoint)]
+        checkpoints = [(params.get("settings") or {}).get("checkpoint", family.settings().checkpoint)]
     # Other weights under the same name are another start.
     then = made.split("-")[1:] if made else []
     known = then if len(then) == len(checkpoints) else [""] * len(checkpoints)
-    return "-".join([_code("scgpt.modes:fit_scgpt"), *map(_start, checkpoints, known)])
+    code = _code("networks.fit:fit_network", family.backbone_at, family.settings_at)
+    return "-".join([code, *map(_start, checkpoints, known)])
 
 
 def _start(checkpoint: str, known: str) -> str:
-    """Hash of a checkpoint's content; `known`, unless empty, where it is not on this machine."""
+    """Hash of a checkpoint's content, empty where none is named; `known`, unless empty, where it is not here."""
+    if not checkpoint:
+        return ""
     try:
-        return directory_hash(find_checkpoint(checkpoint, fetch=not known))[:16]
+        found = find_checkpoint(checkpoint, fetch=not known)
     except CheckpointNotFound:
         if not known:
             raise
         return known
+    files = sorted(path for path in Path(found).rglob("*") if path.is_file())
+    return _content(found, tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@cache
+def _content(directory: Path, state: tuple) -> str:
+    """Hash of a directory; taken once for each state of its files."""
+    return directory_hash(directory)[:16]
 
 
 def _validation_code() -> str:

@@ -12,11 +12,10 @@ from ..data.screen import Screen
 from ..data.splits import Split, get_split
 from ..files.atomic import replacing
 from ..files.places import CHECKOUT
+from ..networks.families import NETWORKS
 
-TUNED = "scgpt"  # the encoder that perturbret.scgpt.modes fits; all others are opponents
-SCRATCH = (
-    "scratch"  # the run of somebody who tries things in JupyterLab: replaced by the next, read by no report
-)
+# The run of somebody who tries things in JupyterLab: replaced by the next one, read by no report.
+SCRATCH = "scratch"
 
 
 class RunExists(ValueError):
@@ -167,7 +166,7 @@ def open_run(
     search : dict, optional
         Hyperparameter values to choose among on validation, name to list.
     settings : dict, optional
-        Of an encoder that has some (`perturbret.scgpt.settings`); None: those of the run that is there. For
+        Of an encoder that has some (`perturbret.networks.families`); None: those of the run that is there. For
         05, which only judges.
     train_share : float, optional
         Share of each condition's training cells whose labels are used; None: that of the run that is there, else all.
@@ -203,8 +202,8 @@ def open_run(
         settings = made["params"].get("settings")
     if settings is not None:
         params["settings"] = settings
-    elif encoder == TUNED:
-        there = sorted(path.parent.name for path in root.glob(f"{TUNED}_*/manifest.json"))
+    elif encoder in NETWORKS:
+        there = sorted(path.parent.name for path in root.glob(f"{encoder}_*/manifest.json"))
         raise ValueError(
             f"{directory.name}: expected a run of {encoder} that notebook 04 fitted, got none; in {root}: "
             f"{', '.join(there) or 'no such run'}. Name one with run="

@@ -1,4 +1,4 @@
-"""scGPT: tokens, network, checkpoints, adapters, fine-tuning and its proofs, and masked-value training.
+"""scGPT: tokens, network, checkpoints, masked-value training, and its backbone for `perturbret.networks`.
 
 `fit_scgpt` fits a mode on a screen's training cells and returns an encoder like any other. The network is made of plain
 modules with the official names; its checkpoints are those of the official layout.
@@ -9,11 +9,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "backbone": ["ScGPTBackbone", "backbone_for", "fit_scgpt"],
         "checkpoint": ["load_checkpoint", "save_checkpoint"],
-        "encoder": ["ScGPTEncoder"],
-        "modes": ["fit_scgpt"],
         "network": ["ScGPT", "Shape"],
-        "settings": ["Settings", "read_settings"],
+        "settings": ["ScGPTSettings"],
         "tokens": ["tokenize"],
         "vocabulary": ["Vocabulary", "load_vocabulary", "map_genes"],
     },

@@ -1,7 +1,6 @@
 """Reference cells as one body of tokens on disk, for pretraining on more than fits in memory."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from ..alignment.chunks import ChunkedCounts
 from ..data.prepared import Cells
-from ..files.atomic import replacing
+from ..files.cache import cached
 from ..files.hashing import mix, name_seeds
 from ..files.provenance import code_hash
 from .tokens import tokenize
@@ -146,21 +145,22 @@ def _part(reference: ChunkedCounts, vocabulary: Vocabulary, directory: Path) -> 
         raise ValueError(
             f"{reference.name}: expected counts of the vocabulary's genes, got none in {n_cells} cells"
         )
-    path = directory / f"corpus-{reference.name}-{digest.hexdigest()[:12]}"
-    if not path.exists():
-        with replacing(path, keep=True) as temporary:
-            temporary.mkdir()
-            _write(reference, token_ids, vocabulary, temporary)
-    n = json.loads((path / "sizes.json").read_text())
-    indptr = np.load(path / "indptr.npy")
+    key = digest.hexdigest()
+    folder = cached(
+        directory,
+        f"corpus-{reference.name}",
+        key,
+        lambda path: _write(reference, token_ids, vocabulary, path),
+    )
+    indptr = np.load(folder / "indptr.npy")
     part = Part(
         reference.name,
-        np.memmap(path / "genes.i4", np.int32, "r", shape=(n["n_values"],)),
-        np.memmap(path / "values.f4", np.float32, "r", shape=(n["n_values"],)),
+        np.memmap(folder / "genes.i4", np.int32, "r"),
+        np.memmap(folder / "values.f4", np.float32, "r"),
         indptr,
         measured,
         held_out_cells(f"{reference.name} {i}" for i in range(len(indptr) - 1)),
-        digest.hexdigest(),
+        key,
     )
     for what, cells in (("cells to train on", ~part.held_out), ("held-out cells", part.held_out)):
         if not np.diff(indptr)[cells].any():
@@ -193,4 +193,3 @@ def _write(reference: ChunkedCounts, token_ids: np.ndarray, vocabulary: Vocabula
             lengths.append(np.diff(indptr))
     indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     np.save(directory / "indptr.npy", indptr)
-    (directory / "sizes.json").write_text(json.dumps({"n_values": int(indptr[-1])}))

@@ -7,8 +7,8 @@ evaluation alike. Names of modules are those of the official checkpoints.
 Source: Cui et al., scGPT, Nature Methods 2024; scgpt 0.2.4, `scgpt.model.TransformerModel`, which tests compare with.
 """
 
-import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,6 @@ class Dropout(nn.Module):
 
 
 POOLINGS = ("cls", "mean")
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 MAX_VALUE = 512  # larger values are cut, as upstream does
 
 
@@ -136,7 +135,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(cells, -1, width))
 
 
-class Layer(nn.Module):
+class TransformerLayer(nn.Module):
     """Transformer layer: attention, then a feed-forward part, each added to its input and normalised after."""
 
     def __init__(self, shape: Shape):
@@ -163,6 +162,10 @@ class ScGPT(nn.Module):
     Initialised as torch does (embeddings: uniform in ±0.1, as upstream), from torch's global generator.
     """
 
+    lora_targets: ClassVar[dict[str, str]] = {
+        "Wqkv": "self_attn.Wqkv", "out_proj": "self_attn.out_proj", "linear1": "linear1", "linear2": "linear2"
+    }  # fmt: skip
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
@@ -170,8 +173,27 @@ class ScGPT(nn.Module):
         self.value_encoder = ValueEncoder(shape)
         self.dropout = Dropout(shape.dropout)
         self.transformer_encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(Layer(shape) for _ in range(shape.n_layers))}
+            {"layers": nn.ModuleList(TransformerLayer(shape) for _ in range(shape.n_layers))}
         )
+
+    @property
+    def width(self) -> int:
+        """Of a cell's embedding."""
+        return self.shape.d_model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers, the lowest first."""
+        return self.transformer_encoder["layers"]
+
+    def check(self, tokens) -> None:
+        """Raise ValueError for tokens of another vocabulary."""
+        ours, theirs = (self.shape.n_tokens, self.shape.pad_id), (tokens.n_tokens, tokens.pad_id)
+        if ours != theirs:
+            raise ValueError(
+                f"tokens: expected a vocabulary of {ours[0]} with padding {ours[1]}, got one of {theirs[0]} with "
+                f"padding {theirs[1]}"
+            )
 
     def forward(
         self, genes: Tensor, values: Tensor, padding: Tensor | None = None, *, pooling: str = "cls"
@@ -197,7 +219,7 @@ class ScGPT(nn.Module):
     def run(self, hidden: Tensor, padding: Tensor | None, start: int = 0, stop: int | None = None) -> Tensor:
         """Outputs of the layers from `start` to before `stop`, (cells, length, d_model); padding holds nonsense."""
         real = _real(padding)
-        for layer in self.transformer_encoder["layers"][start:stop]:
+        for layer in self.layers[start:stop]:
             hidden = layer(hidden, real)
         return hidden
 
@@ -217,11 +239,10 @@ class ScGPT(nn.Module):
             return hidden.masked_fill(padding.unsqueeze(-1), 0).sum(dim=1) / weights.sum(dim=1)
         if pooling != "cls":
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-        layers = self.transformer_encoder["layers"]
-        if start < len(layers):
+        if start < len(self.layers):
             # Nothing reads the other rows of the last layer.
-            hidden = self.run(hidden, padding, start, len(layers) - 1)
-            hidden = layers[-1](hidden, _real(padding), rows=1)
+            hidden = self.run(hidden, padding, start, len(self.layers) - 1)
+            hidden = self.layers[-1](hidden, _real(padding), rows=1)
         return hidden[:, 0]
 
 
@@ -233,12 +254,3 @@ def _each(module: nn.Module, ids: Tensor) -> Tensor:
 
 def _real(padding: Tensor | None) -> Tensor | None:
     return None if padding is None else ~padding[:, None, None, :]
-
-
-def fingerprint(network: nn.Module) -> str:
-    """sha256 over names, shapes, types and bytes of a network's weights, wherever they lie."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -5,14 +5,12 @@ embedding (MVC). Here a cell is shown by a random part of its genes, as many as 
 have, and the cell embedding is asked for genes that the cell lacks as well, which are 0.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.gene_space import GeneSpace
-from ..data.prepared import Cells
-from ..files.atomic import replacing
-from .checkpoint import Trunk, save_checkpoint
-from .corpus import Part, held_out_cells
-from .network import ScGPT, Shape, fingerprint
-from .tokens import tokenize
-from .training import TrainingFailed, schedule
+from ..networks.training import TrainingFailed, read_state, schedule, write_state
+from .checkpoint import save_checkpoint
+from .corpus import Part
+from .network import ScGPT, Shape
 from .vocabulary import CLS, PAD, Vocabulary
 
 
@@ -287,7 +282,8 @@ def pretrain(
             weights, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
         )
         key = _key(corpus, vocabulary, plan, seed, start)
-        history = _resume(state, key, network, decoders, optimiser)
+        parts = {"network": network, "decoders": decoders, "optimiser": optimiser}
+        history = _resume(state, key, parts)
         first = history[-1]["step"] if history else 0
         if history:
             report(f"resumed after step {first}")
@@ -315,7 +311,7 @@ def pretrain(
                 row = {"step": step + 1, "loss": float(np.mean(recent)), **found.mean().to_dict()}
                 history.append(row)
                 recent = []
-                _keep(state, key, network, decoders, optimiser, history)
+                _keep(state, key, parts, history)
                 report(f"step {step + 1}/{plan.steps}  loss {row['loss']:.4f}  held out {row['gene']:.4f}")
         by_dataset = _look(network, decoders, held_out, means, pad_id)
     by_dataset.index = [part.name for part in corpus]
@@ -396,96 +392,17 @@ def _key(corpus, vocabulary: Vocabulary, plan: Plan, seed: int, start) -> str:
     return digest.hexdigest()
 
 
-def _keep(path, key: str, network, decoders, optimiser, history: list[dict]) -> None:
-    if path is None:
-        return
-    parts = {"network": network, "decoders": decoders, "optimiser": optimiser}
-    content = {"key": key, "history": history, "random": torch.get_rng_state()}
-    with replacing(path) as temporary:
-        torch.save({**content, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+def _keep(path, key: str, parts: dict, history: list[dict]) -> None:
+    states = {name: part.state_dict() for name, part in parts.items()}
+    write_state(path, key, {"history": history, "random": torch.get_rng_state(), **states})
 
 
-def _resume(path, key: str, network, decoders, optimiser) -> list[dict]:
-    if path is None or not Path(path).exists():
+def _resume(path, key: str, parts: dict) -> list[dict]:
+    """The history of a state of the same key, everything else set back to it; empty without one."""
+    content = read_state(path, key)
+    if content is None:
         return []
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if content["key"] != key:
-        return []
-    network.load_state_dict(content["network"])
-    decoders.load_state_dict(content["decoders"])
-    optimiser.load_state_dict(content["optimiser"])
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
     torch.set_rng_state(content["random"])
     return content["history"]
-
-
-_BATCH = 64
-
-
-def adapt_trunk(
-    trunk: Trunk,
-    cells: Cells,
-    *,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    report: Callable[[str], None] = print,
-) -> Trunk:
-    """A trunk whose network was trained on to guess hidden values of `cells`; no label takes part.
-
-    The decoders start anew: a checkpoint's are not kept with a trunk.
-
-    Parameters
-    ----------
-    trunk : Trunk
-    cells : Cells
-        Training cells, masked as everywhere else; never query cells. Their order has no influence.
-    steps : int
-        Batches of 64 cells or more.
-    learning_rate : float
-    seed : int
-    report : callable
-
-    Returns
-    -------
-    Trunk
-        With `adapted` in its `origin`: steps, learning rate, cells, and held-out errors at the end.
-    """
-    cells = cells.take(np.argsort(cells.names))
-    tokens = tokenize(cells, trunk.token_ids, trunk.vocabulary, **trunk.token_settings)
-    genes, values, indptr = tokens.without_cls()
-    part = Part(
-        "training cells",
-        genes,
-        values.astype(np.float32),
-        indptr,
-        np.sort(trunk.token_ids[trunk.token_ids >= 0]),
-        held_out_cells(cells.names),
-        tokens.hash,
-    )
-    shape = trunk.network.shape
-    plan = Plan(
-        d_model=shape.d_model,
-        n_heads=shape.n_heads,
-        d_hid=shape.d_hid,
-        n_layers=shape.n_layers,
-        dropout=shape.dropout,
-        steps=steps,
-        batch_cells=_BATCH,
-        max_length=max(int(tokens.lengths.max()), 17),
-        learning_rate=learning_rate,
-        check_every=max(1, steps // 2),
-    )
-    made = pretrain(
-        [part], trunk.vocabulary, plan, seed=seed, start=trunk.network.state_dict(), report=report
-    )
-    network = made.network.to(trunk.network.encoder.embedding.weight.device)
-    last = made.history.iloc[-1]
-    adapted = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "cells": len(cells),
-        "held_out_gene": float(last["gene"]),
-        "held_out_mean": float(last["mean"]) if np.isfinite(last["mean"]) else None,
-        "sha256": fingerprint(network),
-    }
-    return dataclasses.replace(trunk, network=network, origin={**trunk.origin, "adapted": adapted})

@@ -1,7 +1,5 @@
 """Masked counts -> the gene tokens and binned values that scGPT reads, one sequence per cell.
 
-Source: scgpt 0.2.4, `scgpt.preprocess.binning`, which tests compare with; docs/method.md says what differs.
-
 A cell's tokens depend on its own counts and name alone: not on the cells beside it, their order, the order of
 genes where some are left out, or a random generator.
 
@@ -21,9 +19,10 @@ from numpy.lib.format import open_memmap
 from scipy.sparse import csr_matrix
 
 from ..data.prepared import Cells
-from ..files.atomic import replacing
+from ..files.cache import cached
 from ..files.hashing import mix, name_seeds
 from ..files.provenance import code_hash
+from ..networks.inputs import block_positions
 from .vocabulary import CLS, NO_TOKEN, PAD, Vocabulary
 
 
@@ -47,7 +46,7 @@ def bin_values(values: np.ndarray, indptr: np.ndarray, n_bins: int = 51) -> np.n
     values = np.ascontiguousarray(values, np.float32)
     n_edges, sizes = n_bins - 1, np.diff(indptr)
     rows = np.repeat(np.arange(len(sizes)), sizes)
-    keys = _keys(rows, values)
+    keys = _sort_keys(rows, values)
     ordered = (np.sort(keys) & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
     # numpy.quantile's own arithmetic, so that an edge that meets a value is rounded as upstream's is.
     filled = np.flatnonzero(sizes)
@@ -65,12 +64,12 @@ def bin_values(values: np.ndarray, indptr: np.ndarray, n_bins: int = 51) -> np.n
     # Rows without values have no edges, so that those before row r are counted among the filled.
     before = (np.cumsum(sizes > 0) - 1)[rows] * n_edges
     owners = np.repeat(filled, n_edges)
-    at_or_below = np.searchsorted(_keys(owners, above), keys, side="right") - before
-    strictly_below = np.searchsorted(_keys(owners, under), keys, side="left") - before
+    at_or_below = np.searchsorted(_sort_keys(owners, above), keys, side="right") - before
+    strictly_below = np.searchsorted(_sort_keys(owners, under), keys, side="left") - before
     return (at_or_below + strictly_below + 1) // 2
 
 
-def _keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _sort_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Integers that sort like (row, value): the bits of positive float32 sort like the numbers."""
     return (rows << 32) | values.view(np.uint32).astype(np.int64)
 
@@ -122,7 +121,7 @@ class Tokens:
     def hash(self) -> str:
         """sha256 of the content; in memory or memory-mapped, the same. Not kept: arrays can be written to."""
         digest = hashlib.sha256(json.dumps([self.n_tokens, self.pad_id, self.pad_value]).encode())
-        for array in (self.genes, self.values, self.indptr):
+        for array in (getattr(self, name) for name in _ARRAYS):
             digest.update(f"{array.dtype.str} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -142,30 +141,6 @@ class Tokens:
         genes = np.where(padding, self.pad_id, self.genes[at]).astype(np.int64)
         values = np.where(padding, self.pad_value, self.values[at]).astype(np.float32)
         return genes, values, padding if padding.any() else None
-
-
-def like_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Positions of all cells in batches of like length, the longest first.
-
-    A batch has at most `batch_tokens` tokens, padding included, or one cell; and where its cells have 1,024 tokens
-    or more, none is shorter than 9/10 of the longest: in a small set, padding would be much of the work.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = lengths[order[start]]
-        like = np.searchsorted(-lengths[order[start:]], -0.9 * longest, side="right")
-        size = max(1, min(batch_tokens // longest, max(like, 1024 // longest)))
-        yield order[start : start + size]
-        start += size
-
-
-def block_positions(indptr: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (cells, longest) of the cells' tokens, and where there is none: there stands a cell's first."""
-    starts, lengths = indptr[index], indptr[np.asarray(index) + 1] - indptr[index]
-    steps = np.arange(lengths.max(initial=0))
-    padding = steps >= lengths[:, None]
-    return starts[:, None] + np.where(padding, 0, steps), padding
 
 
 def tokenize(
@@ -211,16 +186,24 @@ def tokenize(
         outside the vocabulary; a cell has counts and a total of 0.
     """
     settings = _settings(values, n_bins, max_seq_len, pad_value, target_sum)
-    token_ids = _checked(token_ids, cells, vocabulary)
+    token_ids = _check_token_ids(token_ids, cells, vocabulary)
     if directory is None:
         return _tokenize(cells, token_ids, vocabulary, settings, lambda name, n, dtype: np.empty(n, dtype))
-    key = _key(cells, token_ids, vocabulary, settings)
-    path = Path(directory) / f"tokens-{key[:16]}"
-    if not path.exists():
-        with replacing(path, keep=True) as temporary:
-            temporary.mkdir()
-            _store(temporary, key, cells, token_ids, vocabulary, settings)
-    arrays = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("genes", "values", "indptr"))
+
+    def make(folder: Path) -> None:
+        def array(name, n, dtype):
+            return open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(n,))
+
+        np.save(folder / "indptr.npy", _tokenize(cells, token_ids, vocabulary, settings, array).indptr)
+
+    key = {
+        "code": code_hash("scgpt.tokens:_tokenize"),
+        "cells": _content_hash(cells, token_ids),
+        "vocabulary": vocabulary.hash,
+        **settings,
+    }
+    folder = cached(directory, "tokens", key, make)
+    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
     return Tokens(*arrays, len(vocabulary), vocabulary.ids[PAD], pad_value)
 
 
@@ -266,16 +249,6 @@ def _fill(block: np.ndarray, is_gene: np.ndarray, tail: np.ndarray, head: int) -
     block[~is_gene] = head
 
 
-def _store(directory, key, cells, token_ids, vocabulary, settings) -> None:
-    def make(name, n, dtype):
-        return open_memmap(directory / f"{name}.npy", mode="w+", dtype=dtype, shape=(n,))
-
-    made = _tokenize(cells, token_ids, vocabulary, settings, make)
-    np.save(directory / "indptr.npy", made.indptr)
-    text = json.dumps({"key": key, "n_cells": len(made), **settings}, indent=2) + "\n"
-    (directory / "tokens.json").write_text(text, encoding="utf-8")
-
-
 def _choose(names, gene_seeds, rows, offsets, room) -> np.ndarray:
     """True for the `room` genes of each cell whose hash of cell name and token name is smallest.
 
@@ -317,7 +290,7 @@ def _settings(values, n_bins, max_seq_len, pad_value, target_sum) -> dict:
     }
 
 
-def _checked(token_ids, cells: Cells, vocabulary: Vocabulary) -> np.ndarray:
+def _check_token_ids(token_ids, cells: Cells, vocabulary: Vocabulary) -> np.ndarray:
     token_ids = np.asarray(token_ids)
     if token_ids.shape != (cells.counts.shape[1],) or token_ids.dtype.kind not in "iu":
         raise ValueError(
@@ -339,10 +312,9 @@ def _checked(token_ids, cells: Cells, vocabulary: Vocabulary) -> np.ndarray:
     return token_ids.astype(np.int64)
 
 
-def _key(cells: Cells, token_ids: np.ndarray, vocabulary: Vocabulary, settings: Mapping) -> str:
-    digest = hashlib.sha256(code_hash("scgpt.tokens:_tokenize").encode())
-    digest.update(json.dumps([settings, vocabulary.hash], sort_keys=True).encode())
-    digest.update("\0".join(map(str, cells.names)).encode())
+def _content_hash(cells: Cells, token_ids: np.ndarray) -> str:
+    """sha256 over what tokens are made from: names, counts, totals, and the genes' tokens."""
+    digest = hashlib.sha256("\0".join(map(str, cells.names)).encode())
     counts = cells.counts
     for array in (counts.indptr.astype(np.int64), counts.indices, counts.data, cells.totals, token_ids):
         digest.update(np.ascontiguousarray(array).data)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from .adapters import is_adapter, merge_lora, trainable
-from .model import Model, embed_rows
-from .network import ScGPT, fingerprint
+from .backbone import Inputs, Network
+from .embedding import embed_rows, fingerprint
+from .heads import HeadedNetwork
 from .settings import Settings
-from .tokens import Tokens
 from .training import Outcome
 
 MERGE_TOLERANCE = 1e-4  # of the largest embedding value; merging sums the same products in another order
@@ -20,10 +20,10 @@ class ProofFailed(RuntimeError):
 
 
 def prove(
-    model: Model,
-    original: ScGPT,
+    model: HeadedNetwork,
+    original: Network,
     original_sha256: str,
-    tokens: Tokens,
+    inputs: Inputs,
     index: np.ndarray,
     outcome: Outcome,
     options: Settings,
@@ -32,12 +32,12 @@ def prove(
 
     Parameters
     ----------
-    model : Model
-    original : ScGPT
+    model : HeadedNetwork
+    original : Network
         The network before training.
     original_sha256 : str
         Its fingerprint, taken before training.
-    tokens : Tokens
+    inputs : Inputs
     index : ndarray of int
         Cells to compare embeddings of.
     outcome : Outcome
@@ -68,8 +68,8 @@ def prove(
             f"expected a gradient in each of {len(trained)} trained tensors, {len(silent)} never got one: "
             f"{', '.join(silent[:5])}"
         )
-    before = _cells(original, model, tokens, index, options)
-    after = _cells(model.network, model, tokens, index, options)
+    before = _cells(original, model, inputs, index, options)
+    after = _cells(model.network, model, inputs, index, options)
     change = float(np.abs(after - before).mean() / np.abs(before).mean())
     tunes_network = any(name.startswith("network.") for name in trained)
     if tunes_network and not change > 0:
@@ -83,23 +83,25 @@ def prove(
     return {
         "gradient_norms": gradients,
         "embedding_change": change,
-        "merged_difference": _merged_difference(model, after, tokens, index, options),
+        "merged_difference": _merged_difference(model, after, inputs, index, options),
         "frozen_unchanged": _frozen_unchanged(model, original, original_sha256),
     }
 
 
-def _cells(network: ScGPT, model: Model, tokens: Tokens, index: np.ndarray, options: Settings) -> np.ndarray:
-    whole = Model(network, None, pooling=model.pooling, normalise=False, start=0).eval()
-    return embed_rows(whole, tokens, index, precision=options.precision)[0]
+def _cells(
+    network: Network, model: HeadedNetwork, inputs: Inputs, index: np.ndarray, options: Settings
+) -> np.ndarray:
+    whole = HeadedNetwork(network, None, pooling=model.pooling, normalise=False, start=0).eval()
+    return embed_rows(whole, inputs, index, precision=options.precision)[0]
 
 
-def _merged_difference(model: Model, after: np.ndarray, tokens, index, options) -> float | None:
+def _merged_difference(model: HeadedNetwork, after: np.ndarray, inputs, index, options) -> float | None:
     """None where there are no adapters."""
     if not any(is_adapter(module) for module in model.network.modules()):
         return None
     merged = copy.deepcopy(model.network)
     merge_lora(merged)
-    difference = np.abs(_cells(merged, model, tokens, index, options) - after).max() / np.abs(after).max()
+    difference = np.abs(_cells(merged, model, inputs, index, options) - after).max() / np.abs(after).max()
     # bfloat16 keeps 8 bits: rounding of merged weights is of that size.
     if difference > (MERGE_TOLERANCE if options.precision == "float32" else 0.05):
         raise ProofFailed(
@@ -108,7 +110,7 @@ def _merged_difference(model: Model, after: np.ndarray, tokens, index, options) 
     return float(difference)
 
 
-def _frozen_unchanged(model: Model, original: ScGPT, original_sha256: str) -> int:
+def _frozen_unchanged(model: HeadedNetwork, original: Network, original_sha256: str) -> int:
     if fingerprint(original) != original_sha256:
         raise ProofFailed("expected the weights that training started from to be as they were, they changed")
     trained = {name.removeprefix("network.") for name in trainable(model)}

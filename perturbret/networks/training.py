@@ -9,7 +9,7 @@ gradients and losses are those of the joint batch.
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from ..evaluation.scoring import by_name
 from ..evaluation.validation import best_readout
 from ..files.atomic import replacing
 from .adapters import trainable
-from .model import Model, autocast, embed_rows, to_device
+from .embedding import autocast, embed_rows
+from .heads import HeadedNetwork
+from .inputs import to_device
 from .settings import Settings
 
 SAMPLERS = ("random", "balanced")
@@ -304,7 +306,7 @@ class Outcome:
 
 
 def train(
-    model: Model,
+    model: HeadedNetwork,
     source,
     index: np.ndarray,
     labels: np.ndarray,
@@ -321,9 +323,9 @@ def train(
 
     Parameters
     ----------
-    model : Model
+    model : HeadedNetwork
         Weights that require a gradient are trained: those of the head by `lr_head`, others by `lr_backbone`.
-    source : Tokens, Hidden or Rows
+    source : Inputs, Hidden or Rows
         Cells in the form that the model starts from.
     index : ndarray of int, shape (n,)
         Training cells.
@@ -354,22 +356,29 @@ def train(
     weights = trainable(model)
     optimiser = make_optimiser(weights, settings)
     wrapped, optimiser = accelerator.prepare(model, optimiser)
-    n_steps = len(_plan(labels, settings, seed, 0)) // settings.accumulate
+    sizes = {"batch_size": settings.batch_size, "cells_per_condition": settings.cells_per_condition}
+
+    def plan_epoch(epoch):
+        return plan_batches(labels, sampler=settings.sampler, **sizes, seed=seed, epoch=epoch)
+
+    n_steps = len(plan_epoch(0)) // settings.accumulate
     if not n_steps:
         raise ValueError(
             f"accumulate: expected no more than the batches of an epoch, got {settings.accumulate}"
         )
-    settings = replace(settings, epochs=n_epochs(settings, n_steps))
+    settings = settings.model_copy(update={"epochs": n_epochs(settings, n_steps)})
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
-        history, sums, best = _resume(Path(state) if state else None, key, accelerator, weights, optimiser)
+        history, sums, best = _resume(state, key, accelerator, weights, optimiser)
         if history and main:
             report(f"resumed after epoch {len(history)}")
         last = stop_epoch or settings.epochs
-        while len(history) < last and not _patience_over(history, settings, validation):
+        while len(history) < last and not (
+            best and validation and len(history) - best["epoch"] >= settings.patience
+        ):
             epoch = len(history)
             model.train()
-            plan = _plan(labels, settings, seed, epoch)[: n_steps * settings.accumulate]
+            plan = plan_epoch(epoch)[: n_steps * settings.accumulate]
             loss, norms = _epoch(
                 accelerator, wrapped, optimiser, weights, source, index, labels, plan, settings, epoch
             )
@@ -397,9 +406,10 @@ def train(
                     "epoch": epoch + 1,
                     "weights": {n: w.detach().cpu().clone() for n, w in weights.items()},
                 }
-            _keep(Path(state) if state else None, key, accelerator, weights, optimiser, history, sums, best)
+            _keep(state, key, accelerator, weights, optimiser, history, sums, best)
             if main:
-                report(_line(row, settings))
+                hit = f"  validation exact_hit@1 {row['val_exact_hit@1']:.4f}" if validation else ""
+                report(f"epoch {epoch + 1}/{settings.epochs}  loss {loss:.4f}{hit}")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(best["weights"][name])
@@ -445,50 +455,19 @@ def _norm(gradient: torch.Tensor | None, device) -> torch.Tensor:
     return torch.zeros((), device=device) if gradient is None else gradient.norm()
 
 
-def _plan(labels: np.ndarray, settings: Settings, seed: int, epoch: int) -> list[np.ndarray]:
-    return plan_batches(
-        labels,
-        sampler=settings.sampler,
-        batch_size=settings.batch_size,
-        cells_per_condition=settings.cells_per_condition,
-        seed=seed,
-        epoch=epoch,
-    )
-
-
-def _embed_shared(accelerator, model: Model, source, index: np.ndarray, precision: str):
+def _embed_shared(accelerator, model: HeadedNetwork, source, index: np.ndarray, precision: str):
     """Embeddings and logits of cells, each process doing a share."""
     mine = np.array_split(index, accelerator.num_processes)[accelerator.process_index]
     embeddings, logits = embed_rows(model, source, mine, precision=precision)
-    if accelerator.num_processes == 1:
-        return embeddings, logits
     parts = gather_object([(embeddings, logits)])
-    return np.concatenate([z for z, _ in parts]), None if logits is None else np.concatenate(
-        [x for _, x in parts]
-    )
+    embeddings, logits = zip(*parts, strict=True)
+    return np.concatenate(embeddings), None if logits[0] is None else np.concatenate(logits)
 
 
 def _better(row: dict, than: dict) -> bool:
     """More hits, or as many at a lower loss; rounded, so that sums of hits in another order are equal."""
-    return (round(row["val_exact_hit@1"], 9), -row["val_loss"]) > (
-        round(than["val_exact_hit@1"], 9),
-        -than["val_loss"],
-    )
-
-
-def _patience_over(history: list[dict], settings: Settings, validation: Validation | None) -> bool:
-    if validation is None or not history:
-        return False
-    best = 0
-    for i, row in enumerate(history):
-        if _better(row, history[best]):
-            best = i
-    return len(history) - 1 - best >= settings.patience
-
-
-def _line(row: dict, settings: Settings) -> str:
-    found = f"  validation exact_hit@1 {row['val_exact_hit@1']:.4f}" if "val_exact_hit@1" in row else ""
-    return f"epoch {row['epoch']}/{settings.epochs}  loss {row['loss']:.4f}{found}"
+    mine, other = ((round(each["val_exact_hit@1"], 9), -each["val_loss"]) for each in (row, than))
+    return mine > other
 
 
 def _keep(path, key, accelerator, weights, optimiser, history, sums, best) -> None:
@@ -498,27 +477,16 @@ def _keep(path, key, accelerator, weights, optimiser, history, sums, best) -> No
     random = gather_object([torch.get_rng_state()])
     if not accelerator.is_main_process:
         return
-    content = {
-        "key": key,
-        "n_processes": accelerator.num_processes,
-        "weights": {name: weight.detach() for name, weight in weights.items()},
-        "optimiser": optimiser.state_dict(),
-        "history": history,
-        "sums": sums,
-        "best": best,
-        "random": random,
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    content = {"history": history, "sums": sums, "best": best, "random": random, "random_cuda": cuda}
+    content["weights"] = {name: weight.detach() for name, weight in weights.items()}
+    write_state(path, f"{key} {accelerator.num_processes}", {**content, "optimiser": optimiser.state_dict()})
 
 
 def _resume(path, key, accelerator, weights, optimiser) -> tuple[list[dict], dict, dict | None]:
     """History, gradient sums and best weights of a state of the same key, everything else set back to it."""
-    if path is None or not path.exists():
-        return [], {}, None
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if content["key"] != key or content["n_processes"] != accelerator.num_processes:
+    content = read_state(path, f"{key} {accelerator.num_processes}")
+    if content is None:
         return [], {}, None
     with torch.no_grad():
         for name, weight in weights.items():
@@ -530,13 +498,28 @@ def _resume(path, key, accelerator, weights, optimiser) -> tuple[list[dict], dic
     return content["history"], content["sums"], content["best"]
 
 
+def write_state(path: str | os.PathLike | None, key: str, content: dict) -> None:
+    """Keep the state of a training that may be interrupted; None: nowhere."""
+    if path is not None:
+        with replacing(path) as temporary:
+            torch.save({"key": key, **content}, temporary)
+
+
+def read_state(path: str | os.PathLike | None, key: str) -> dict | None:
+    """What `write_state` kept under the same key, or None."""
+    if path is None or not Path(path).exists():
+        return None
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return content if content["key"] == key else None
+
+
 class _Live:
     """The encoder that a model is at the moment, knowing the embeddings of some cells by name."""
 
-    kind = "scgpt"
+    kind = "in training"
     log_prior = None
 
-    def __init__(self, names: np.ndarray, embeddings: np.ndarray, model: Model, prepared: Prepared):
+    def __init__(self, names: np.ndarray, embeddings: np.ndarray, model: HeadedNetwork, prepared: Prepared):
         self._rows = pd.Series(np.arange(len(names)), index=names)
         self._embeddings, self._model = embeddings, model
         self.head, self.classes, self.context = model.head.classifier, prepared.candidates, prepared.context
@@ -552,7 +535,7 @@ class _Live:
             return logits.cpu().double().log_softmax(dim=1).numpy()
 
 
-def make_validation(prepared: Prepared, model: Model, options: Settings, seed: int) -> Validation:
+def make_validation(prepared: Prepared, model: HeadedNetwork, options: Settings, seed: int) -> Validation:
     """exact_hit@1 by the code of notebook 05, and the loss, of single validation cells.
 
     Read-out: the classifier; without one, cosine to the mean of training cells.

@@ -9,39 +9,31 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .network import ScGPT
-
-# Module within a layer, by the name that a user gives.
-TARGETS = {
-    "Wqkv": "self_attn.Wqkv",
-    "out_proj": "self_attn.out_proj",
-    "linear1": "linear1",
-    "linear2": "linear2",
-}
+from .backbone import Network
 
 
-def freeze(network: ScGPT) -> None:
+def freeze(network: Network) -> None:
     """Let no weight of the network be trained."""
     for weight in network.parameters():
         weight.requires_grad = False
 
 
-def unfreeze(network: ScGPT) -> int:
-    """Let every weight be trained, the genes' embeddings too; returns 0, the position of the lowest layer."""
+def unfreeze(network: Network) -> int:
+    """Let every weight be trained, those below the layers too; returns 0, the position of the lowest layer."""
     for weight in network.parameters():
         weight.requires_grad = True
     return 0
 
 
-def unfreeze_last(network: ScGPT, n: int) -> int:
-    """Let the last `n` transformer layers be trained; returns the position of the first of them.
+def unfreeze_last(network: Network, n: int) -> int:
+    """Let the last `n` layers be trained; returns the position of the first of them.
 
     Raises
     ------
     ValueError
         The network has fewer layers.
     """
-    layers = network.transformer_encoder["layers"]
+    layers = network.layers
     if not 1 <= n <= len(layers):
         raise ValueError(f"last_layers: expected 1 to the network's {len(layers)} layers, got {n}")
     for layer in layers[-n:]:
@@ -51,7 +43,7 @@ def unfreeze_last(network: ScGPT, n: int) -> int:
 
 
 def add_lora(
-    network: ScGPT,
+    network: Network,
     *,
     targets: Sequence[str],
     layers: Sequence[int],
@@ -63,11 +55,11 @@ def add_lora(
 
     Parameters
     ----------
-    network : ScGPT
+    network : Network
     targets : sequence of str
-        Some of `TARGETS`.
+        Some of the network's `lora_targets`.
     layers : sequence of int
-        Positions of transformer layers, from 0; empty for all of them.
+        Positions of layers, from 0; empty for all of them.
     rank, alpha, dropout
         An adapter adds alpha / rank x B A x, where A gets its input through dropout. B starts at 0.
 
@@ -78,27 +70,27 @@ def add_lora(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    n_layers = len(network.transformer_encoder["layers"])
-    unknown = [name for name in targets if name not in TARGETS]
-    if unknown or not targets:
-        raise ValueError(f"lora_targets: expected some of {', '.join(TARGETS)}, got {list(targets)}")
+    known, n_layers = network.lora_targets, len(network.layers)
+    if not targets or not set(targets) <= set(known):
+        raise ValueError(f"lora_targets: expected some of {', '.join(known)}, got {list(targets)}")
     chosen = sorted(set(layers)) or list(range(n_layers))
     if chosen[0] < 0 or chosen[-1] >= n_layers:
         raise ValueError(f"lora_layers: expected positions from 0 to {n_layers - 1}, got {list(layers)}")
-    width = min(network.shape.d_model, network.shape.d_hid)
+    linear = [layer.get_submodule(path) for layer in network.layers for path in known.values()]
+    width = min(min(module.in_features, module.out_features) for module in linear)
     if not 1 <= rank <= width or not alpha > 0:
         raise ValueError(
             f"lora: expected a rank from 1 to the least width {width} and alpha above 0, got {rank}, {alpha}"
         )
-    # Anchored at both ends: bare names would also hit value_encoder.linear1 and linear2.
-    names = "|".join(re.escape(TARGETS[name]) for name in targets)
-    pattern = rf"transformer_encoder\.layers\.({'|'.join(map(str, chosen))})\.({names})"
+    adapted = [network.layers[i].get_submodule(known[name]) for i in chosen for name in targets]
+    names = [name for name, module in network.named_modules() if any(module is each for each in adapted)]
+    # A pattern of whole names: peft takes a list for endings, which other modules may share.
+    pattern = "|".join(map(re.escape, names))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
     inject_adapter_in_model(config, network)
-    expected = len(chosen) * len(targets)
     found = sum(1 for module in network.modules() if is_adapter(module))
-    if found != expected:
-        raise RuntimeError(f"lora: expected {expected} adapted modules, peft made {found}")
+    if found != len(adapted):
+        raise RuntimeError(f"lora: expected {len(adapted)} adapted modules, peft made {found}")
     return chosen[0]
 
 
@@ -107,7 +99,7 @@ def is_adapter(module: nn.Module) -> bool:
     return hasattr(module, "lora_A")
 
 
-def merge_lora(network: ScGPT) -> None:
+def merge_lora(network: Network) -> None:
     """Add every adapter's product to the weight that it adapts, in place, and take the adapter away."""
     for name, module in list(network.named_modules()):
         if is_adapter(module):
