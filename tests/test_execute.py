@@ -10,11 +10,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from pages import external_requests
 
 from perturbret import __version__
 from perturbret.files.atomic import DiskFull
 from perturbret.workflow.execution import NotebookFailed, execute
-from perturbret.workflow.html import external_requests
 from perturbret.workflow.parameters import ParameterError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -87,6 +87,12 @@ def test_the_evaluation_gets_what_the_fit_got_and_its_own(grid):
     }
 
 
+def test_the_recipe_is_handed_to_notebooks_that_declare_it(grid, monkeypatch):
+    monkeypatch.setitem(CELLS, "03_baselines", CELLS["03_baselines"] + "\nrecipe = ''")
+    (run,) = grid(block("[b]", "{seed: [0]}")).runs
+    assert run.parameters["recipe"] == "b" and "recipe" not in run.evaluation
+
+
 def test_other_varied_names_enter_the_run_name(grid):
     found = grid(block("[a]", "{seed: [0], rate: [0.1, 1e-2], encoder: ['obsm:X_a']}"), {"a": "search: {}"})
     assert [run.name for run in found.runs] == [
@@ -211,6 +217,7 @@ def test_whatever_varies_is_in_the_names_and_two_values_are_two_runs(grid):
     names = [run.name for run in found.runs]
     assert len(set(names)) == len(names) == 12 and names[0].startswith("a-none-seed0-rate=0.1-search=C_0.1_")
     assert all(len(name) < 120 and set(name).isdisjoint("/ '\"{}[]:,") for name in names)
-    # So that `perturbret.report.compare` knows the recipe of each.
-    assert {name.partition("-none-seed0")[0] for name in names} == {"a"}
+    assert {run.recipe for run in found.runs} == {"a"}
+    assert list(found.runs[0].varied) == ["mask", "seed", "rate", "search"]
+    assert len({json.dumps(run.varied) for run in found.runs}) == 12
     assert [run.parameters["search"]["C"] for run in found.runs[:2]] == [[0.1], [1.0]]

@@ -1,14 +1,16 @@
 """Pages request nothing, say what they are, and link only to what exists."""
 
 import base64
+import json
 import re
 from urllib.parse import unquote
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from pages import external_requests, missing_anchors
 
-from perturbret.workflow.html import SIMULATED, external_requests, index_page, missing_anchors, render
+from perturbret.workflow.html import SIMULATED, index_page, render
 from perturbret.workflow.index import write_index
 
 PIXEL = base64.b64encode(b"\x89PNG not really").decode()
@@ -211,6 +213,21 @@ def test_the_index_links_every_run_and_names_the_failed(tmp_path):
     assert "which genes scGPT knows" in page and ">vocab<" not in page
     assert "not part of the last report" in page and SIMULATED not in page
     assert external_requests(page) == [] and missing_anchors(page) == []
+
+
+def test_the_index_places_runs_by_what_was_asked_for_not_by_their_names(tmp_path):
+    for name in ("planned", "mine", "bare"):
+        put(tmp_path / "toy", f"{name}/03_baselines.html")
+    plan = {"recipe": "pca_small", "varied": {"mask": "none", "seed": 1, "track": "in_dist"}}
+    put(tmp_path / "toy", "report/plan.json")
+    (tmp_path / "toy/report/plan.json").write_text(json.dumps({"runs": {"planned": plan}}))
+    params = {"dataset": "toy", "encoder": "lda", "mask": "own_targets", "seed": 7, "track": "in_dist"}
+    manifest = {"fit": {"params": params, "context": {"train_share": 0.5}}}
+    (tmp_path / "toy/mine/manifest.json").write_text(json.dumps(manifest))
+    page = write_index(tmp_path).read_text()
+    for text in (">pca_small<", ">none<", "seed 1, track = in_dist", ">lda<", ">own_targets<", ">bare<"):
+        assert text in page
+    assert "seed 7, train_share = 0.5" in page and ">planned<" not in page and ">mine<" not in page
 
 
 def test_the_index_of_simulated_data_bears_the_banner(tmp_path):

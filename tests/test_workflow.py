@@ -15,9 +15,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from pages import external_requests, missing_anchors
 
 from perturbret.data.sources import make_entry
-from perturbret.workflow.html import external_requests, missing_anchors
 from perturbret.workflow.snakemake import (
     RULES,
     Progress,

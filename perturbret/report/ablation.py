@@ -240,8 +240,8 @@ def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
 
 
 def _main_first(arena: tuple) -> tuple:
-    track, share, *candidates = arena
-    return track != "in_dist", track, -share, *candidates
+    track, share, candidates = arena
+    return track != "in_dist", track, -share, candidates != "train", candidates
 
 
 def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: dict) -> Report:

@@ -218,14 +218,13 @@ def condition_hits(table: pd.DataFrame, chance: float, title: str) -> Figure:
 
 def confusion_heatmap(confusion: pd.DataFrame, title: str) -> Figure:
     """Row-normalised confusion: rows true conditions, columns the conditions ranked first."""
-    import seaborn as sns
-
     figure, (axis,) = new_figure(3.2 + 0.42 * len(confusion.columns), 2.0 + 0.34 * len(confusion))
-    sns.heatmap(
-        confusion, cmap="Blues", vmin=0, annot=True, fmt=".2f", annot_kws={"size": 7.5}, ax=axis, square=False
-    )
-    axis.set(xlabel="ranked first", ylabel="true condition")
-    axis.set_title(title)
+    _heatmap(axis, confusion, top=float(confusion.to_numpy().max()))
+    for (row, column), value in np.ndenumerate(confusion.to_numpy()):
+        dark = value > 0.6 * confusion.to_numpy().max()
+        place = {"ha": "center", "va": "center", "size": 7.5}
+        axis.text(column + 0.5, row + 0.5, f"{value:.2f}", color="white" if dark else "black", **place)
+    axis.set(xlabel="ranked first", ylabel="true condition", title=title)
     return figure
 
 
@@ -261,13 +260,9 @@ def audit_distributions(totals: np.ndarray, detected: np.ndarray, sizes: pd.Seri
 
 def batch_heatmap(table: pd.DataFrame) -> Figure:
     """Share of every condition's cells by batch."""
-    import seaborn as sns
-
     figure, (axis,) = new_figure(2.5 + 0.9 * table.shape[1], 1.5 + 0.22 * len(table))
-    sns.heatmap(
-        table, cmap="Blues", vmin=0, vmax=1, ax=axis, cbar_kws={"label": "share of the condition's cells"}
-    )
-    axis.set(xlabel="batch", ylabel="")
+    _heatmap(axis, table, label="share of the condition's cells")
+    axis.set(xlabel="batch")
     return figure
 
 
@@ -292,6 +287,16 @@ def vocab_coverage(summary: pd.DataFrame, *, warn_below: float) -> Figure:
     axes[1].set_yticks(y, [])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _heatmap(axis, table: pd.DataFrame, *, top: float = 1.0, label: str = "") -> None:
+    """A table of shares as colours from 0 to `top`, first row on top."""
+    drawn = axis.pcolormesh(table.to_numpy(), cmap="Blues", vmin=0, vmax=top)
+    axis.figure.colorbar(drawn, ax=axis, label=label)
+    axis.set_xticks(np.arange(table.shape[1]) + 0.5, [str(name) for name in table.columns], rotation=90)
+    axis.set_yticks(np.arange(len(table)) + 0.5, [str(name) for name in table.index])
+    axis.tick_params(length=0)
+    axis.invert_yaxis()
 
 
 def _palette(n: int) -> list:

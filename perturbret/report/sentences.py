@@ -12,7 +12,7 @@ from ..evaluation.stats import measured_coverage
 from ..runs.runs import Run
 from .ablation import Report, validity
 from .audit import targets_findings
-from .compare import CEILING, LEAK_FREE, MIN_REPEATS
+from .compare import LEAK_FREE, MIN_REPEATS
 from .wording import bullets, percent, plain, span
 
 MASK_MEANING = {
@@ -27,32 +27,34 @@ def setting(run: Run) -> str:
     prepared, policy = run.prepared, run.params["mask"]
     removed = len({int(column) for columns in prepared.columns.values() for column in columns})
     train, val, query = (len(prepared.where(role)) for role in ("train", "val", "query"))
-    lines = [
-        f"**Mask `{policy}`**: {MASK_MEANING[policy]}. {removed} of {run.screen.n_genes:,} panel genes are targets "
-        "of some condition or are masked with one.",
-        *targets_findings(run.screen),
-        f"**Split `{run.split.id}`** ({run.split.hash[:12]}): {train:,} training, {val:,} validation and {query:,} "
-        f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls.",
-        f"**Candidates `train`**: the {len(prepared.candidates)} conditions seen in training.",
-    ]
-    return bullets(lines)
+    return bullets(
+        [
+            f"**Mask `{policy}`**: {MASK_MEANING[policy]}. {removed} of {run.screen.n_genes:,} panel genes are targets "
+            "of some condition or are masked with one.",
+            *targets_findings(run.screen),
+            f"**Split `{run.split.id}`** ({run.split.hash[:12]}): {train:,} training, {val:,} validation and {query:,} "
+            f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls.",
+            f"**Candidates `{run.identity.candidates}`**: the {len(prepared.candidates)} conditions seen in training.",
+        ]
+    )
 
 
 def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) -> str:
     """What the fit chose and reached on validation cells."""
-    row = _one(validation, library, scoring, "exact_hit@1", "micro")
+    row = _one(validation, library, scoring)
     chosen = run.manifest["fit"]["chosen"]
     if "settings" in run.params:  # dozens, of which most are as the recipe says
         chosen = {name: chosen[name] for name in ("mode", "init", *run.params["search"], "stop_epochs")}
     settings = ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing to choose"
-    lines = [
-        f"Settings chosen on validation: {settings}.",
-        f"Best read-out there: {readout_name(scoring, library)}, exact_hit@1 **{percent(row.estimate)}** "
-        f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
-        f"The encoder and its null twin are saved in `{run.directory.name}/`. Notebook 05 judges them on query cells, "
-        f"given the same dataset and `run` {run.directory.name}.",
-    ]
-    return bullets(lines)
+    return bullets(
+        [
+            f"Settings chosen on validation: {settings}.",
+            f"Best read-out there: {readout_name(scoring, library)}, exact_hit@1 **{percent(row.estimate)}** "
+            f"{span(row.ci_low, row.ci_high)}; chance {percent(row.chance)}.",
+            f"Notebook 05 judges the encoder and its null twin on query cells, given the same dataset and "
+            f"`run` {run.directory.name}.",
+        ]
+    )
 
 
 def evaluation_summary(
@@ -60,19 +62,16 @@ def evaluation_summary(
 ) -> str:
     """What one evaluation shows: single cells, pooled cells, null control."""
     single = summary[summary["query_size"] == 1]
-    row = _one(single, library, scoring, "exact_hit@1", "micro")
-    macro = _one(single, library, scoring, "exact_hit@1", "macro")
+    row, macro = (_one(single, library, scoring, average) for average in ("micro", "macro"))
     lines = [
         f"Single cells, {readout_name(scoring, library)}: the true condition is first for **{percent(row.estimate)}** "
         f"{span(row.ci_low, row.ci_high)} (macro {percent(macro.estimate)}); chance {percent(row.chance)}."
     ]
-    pooled = summary.query("metric == 'exact_hit@1' and average == 'micro' and query_size > 1")
-    pooled = pooled[(pooled["library"] == library) & (pooled["scoring"] == scoring)]
-    pooled = pooled[pooled["pooling"] == "scores"]
+    pooled = summary[(summary["query_size"] > 1) & (summary["pooling"] == "scores")]
     if len(pooled):
-        top = pooled.sort_values("query_size").iloc[-1]
+        top = _one(pooled.sort_values("query_size", ascending=False), library, scoring)
         lines.append(
-            f"Pools of {top.query_size} cells, {top.pooling} pooled: {percent(top.estimate)} "
+            f"Pools of {top.query_size} cells, scores pooled: {percent(top.estimate)} "
             f"{span(top.ci_low, top.ci_high)} over {top.n_conditions} conditions."
         )
     control = null[(null["library"] == library) & (null["scoring"] == scoring)].iloc[0]
@@ -98,14 +97,19 @@ def confidence(margin: pd.Series, hit: pd.Series) -> str:
 
 
 def headline(report: Report) -> str:
-    """The answer, in Markdown, warnings first: who is first, against whom, what the null control and the checks say."""
-    lines = [f"**{line}**" if not line.startswith("**") else line for line in report.warnings]
-    lines += [*_best_lines(report), *_tuned_lines(report), *_ceiling_lines(report), *_null_lines(report)]
-    return bullets([*lines, *_interval_lines(report), *_missing_lines(report)])
+    """The answer, in Markdown: warnings, who is first and against whom, what the null control and checks say."""
+    lines = [line if line.startswith("**") else f"**{line}**" for line in report.warnings]
+    lines += _best_lines(report)
+    for estimate in report.single().query("encoder == @CEILING")["estimate"]:
+        lines.append(f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(estimate)}.")
+    lines += [*_null_lines(report), *_interval_lines(report)]
+    if report.missing:
+        lines.append(f"**Missing**: {', '.join(report.missing)} did not finish.")
+    return bullets(lines)
 
 
 def _best_lines(report: Report) -> list[str]:
-    """The method that validation puts first, its verdict, its excess over what reads no expression."""
+    """The method that validation puts first, and what it is to be read against."""
     luck = (
         f"chance is {percent(report.chance['exact_hit@1'])}, always naming the most common condition "
         f"{percent(report.prior)}"
@@ -116,65 +120,61 @@ def _best_lines(report: Report) -> list[str]:
         ]
     row = _row(report, report.best)
     at = f"{row.n_queries:,} query cells, {row.n_conditions} conditions, {_times(row.n_repeats, 'seed')}"
-    if reason := _no_conclusion(report):
+    reasons = [("suspect", "labels may be given away"), ("confounded", "batches and conditions go together")]
+    if reason := "; ".join(f"{name} ({why})" for name, why in reasons if getattr(report, name)):
         line = f"**No method is named best: {reason}.** Mask `{LEAK_FREE}`, {at}; {luck}."
-        return [line, *_nuisance_lines(report)]
+        return [line, _nuisance_line(report, excess=False)]
     macro = report.single(average="macro").set_index("encoder").loc[row.encoder]
     choice = report.readouts.query("encoder == @row.encoder and mask == @LEAK_FREE").iloc[0]
     best_of = f", best of {choice.n_readouts} read-outs" if choice.n_readouts > 1 else ""
-    lines = [
+    return [
         f"**First on validation cells, mask `{LEAK_FREE}`: {plain(row.encoder)}** "
         f"({readout_name(row.scoring, row.library)}{best_of}). On query cells it ranks the right condition first for "
         f"**{percent(row.estimate)}** of single cells {span(row.ci_low, row.ci_high)}, macro over conditions "
-        f"{percent(macro.estimate)}; {luck}. {at}."
+        f"{percent(macro.estimate)}; {luck}. {at}.",
+        _baseline_line(report),
+        _nuisance_line(report, excess=True),
+        *_tuned_lines(report),
     ]
-    return [*lines, *_baseline_lines(report), *_nuisance_lines(report)]
 
 
-def _baseline_lines(report: Report) -> list[str]:
+def _baseline_line(report: Report) -> str:
     """Every method's verdict against the baseline, in lists."""
-    against = report.asked("baseline")
     if report.baseline is None:
-        return [
-            "No simple opponent was run: there is no baseline, and scGPT's modes have nothing to be judged by."
-        ]
+        return "No simple opponent was run: there is no baseline, and scGPT's modes have nothing to be judged by."
     lists = [
-        f"{verdict}: {', '.join(plain(name) for name in part.index)}"
-        for verdict, part in against.groupby("verdict", sort=True)
+        f"{verdict}: {', '.join(map(plain, part.index))}"
+        for verdict, part in report.asked("baseline").groupby("verdict", sort=True)
     ]
-    return [
+    return (
         f"**Against {plain(report.baseline)}**, the best simple opponent on validation cells, on the same query "
         f"cells and at one read-out for both: {'; '.join(lists) or 'no other method was run'}."
-    ]
+    )
 
 
-def _nuisance_lines(report: Report) -> list[str]:
+def _nuisance_line(report: Report, *, excess: bool) -> str:
+    """What reads no expression and still hits; with `excess`, how much more the best method does."""
     if report.nuisance is None:
-        return ["No nuisance opponent (batch, library size, prior) was run: what they reach is not known."]
-    reached = percent(_row(report, report.nuisance).estimate)
-    excess = report.asked("nuisance")
-    line = f"**{plain(report.nuisance)}, which reads no expression**, reaches {reached}"
-    if report.best in excess.index and not _no_conclusion(report):
-        found = excess.loc[report.best]
+        return "No nuisance opponent (batch, library size, prior) was run: what they reach is not known."
+    line = f"**{plain(report.nuisance)}, which reads no expression**, reaches "
+    line += percent(_row(report, report.nuisance).estimate)
+    asked = report.asked("nuisance")
+    if excess and report.best in asked.index:
+        found = asked.loc[report.best]
         line += f"; {plain(report.best)} {percent(found.difference, True)} {span(found.low, found.high, True)} more"
-    return [line + "."]
+    return f"{line}."
 
 
 def _tuned_lines(report: Report) -> list[str]:
     """scGPT's best mode against the baseline, against frozen, and against random weights."""
-    if report.tuned is None or _no_conclusion(report):
+    if report.tuned is None:
         return []
     row, parts = _row(report, report.tuned), []
-    for question, named in (
-        ("baseline", "{}"),
-        ("adapting", "frozen ({})"),
-        ("pretraining", "random weights ({})"),
-    ):
-        found = report.asked(question)
-        if report.tuned in found.index:
-            one = found.loc[report.tuned]
+    named = {"baseline": "{}", "adapting": "frozen ({})", "pretraining": "random weights ({})"}
+    for question, name in named.items():
+        for one in report.asked(question).query("encoder == @report.tuned").itertuples():
             parts.append(
-                f"against {named.format(plain(one.against))} {percent(one.difference, True)} "
+                f"against {name.format(plain(one.against))} {percent(one.difference, True)} "
                 f"{span(one.low, one.high, True)} at {readout_name(one.scoring, one.library)}, {one.verdict}"
             )
     return [
@@ -183,26 +183,16 @@ def _tuned_lines(report: Report) -> list[str]:
     ]
 
 
-def _ceiling_lines(report: Report) -> list[str]:
-    ceiling = report.single()
-    ceiling = ceiling[ceiling["encoder"] == CEILING]
-    return [
-        f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(row.estimate)}."
-        for row in ceiling.itertuples()
-    ]
-
-
 def _null_lines(report: Report) -> list[str]:
-    """What was checked, what it can find, what it found; of the unsafe mask, how much it leaks."""
+    """What the null control found and could find; of the unsafe mask, how much it leaks."""
     found = validity(report)
     safe, unsafe = found[~found["mask"].isin(UNSAFE)], found[found["mask"].isin(UNSAFE)]
     bad, runs = safe[safe["verdict"] == "INVALID"], int(safe["runs"].sum())
     own = report.verdicts[~report.verdicts["mask"].isin(UNSAFE)]
     weakest = own.loc[own["detectable"].fillna(np.inf).idxmax()]
-    held = runs - int(safe["not holding"].sum())
     line = (
         f"**Null control** (labels permuted, same pipeline; masks {', '.join(sorted(set(safe['mask'])))}): holds in "
-        f"{held} of {_times(runs, 'run')}. {null_limits(weakest, runs)}"
+        f"{runs - int(safe['not holding'].sum())} of {_times(runs, 'run')}. {null_limits(weakest, runs)}"
     )
     if len(bad):
         names = ", ".join(f"{plain(row.encoder)} under {row.mask}" for row in bad.itertuples())
@@ -215,31 +205,26 @@ def _null_lines(report: Report) -> list[str]:
         worst = unsafe.loc[(unsafe["estimate"] - unsafe["luck"]).idxmax()]
         broken, among = int(unsafe["not holding"].sum()), _times(int(unsafe["runs"].sum()), "run")
         lines.append(
-            f"**`own_targets` leaks the label** in {broken} of {among}: with labels that mean nothing, "
-            f"{plain(worst['encoder'])} still reaches {percent(worst['estimate'])} "
-            f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])}. Numbers under "
-            f"`own_targets` are not evidence."
+            f"**`{worst['mask']}` leaks the label** in {broken} of {among}, so its numbers are no evidence: with "
+            f"labels that mean nothing, {plain(worst['encoder'])} still reaches {percent(worst['estimate'])} "
+            f"{span(worst['ci_low'], worst['ci_high'])} where luck gives {percent(worst['luck'])}."
         )
     return lines
 
 
 def _interval_lines(report: Report) -> list[str]:
     """How often intervals of this kind hold the truth with so many conditions, and what a verdict takes."""
-    row = report.single().iloc[0]
-    if row.n_conditions < 2:
+    n_conditions = report.single()["n_conditions"].iloc[0]
+    if n_conditions < 2:
         return ["There are no intervals: a single condition was asked for."]
-    alone, paired = (measured_coverage(row.n_conditions, "micro", paired=kind) for kind in (False, True))
+    alone, paired = (measured_coverage(n_conditions, "micro", paired=kind) for kind in (False, True))
     return [
-        f"**Intervals** (95%) are over {row.n_conditions} conditions and the seeds. On simulated screens of "
+        f"**Intervals** (95%) are over {n_conditions} conditions and the seeds. On simulated screens of "
         f"{alone.n_conditions} conditions such intervals held the truth in {percent(alone.measured)} of cases, "
-        f"those of differences in {percent(paired.measured)} (lowest over kinds of screens: {percent(alone.lowest)}, "
-        f"{percent(paired.lowest)}). A verdict takes a Holm-adjusted paired p "
-        f"below 0.05, an interval without 0, and {MIN_REPEATS} seeds."
+        f"those of differences in {percent(paired.measured)} (at worst {percent(alone.lowest)} and "
+        f"{percent(paired.lowest)}). A verdict takes a Holm-adjusted paired p below 0.05, an interval without 0, and "
+        f"{MIN_REPEATS} seeds."
     ]
-
-
-def _missing_lines(report: Report) -> list[str]:
-    return [f"**Missing**: {', '.join(report.missing)} did not finish."] if report.missing else []
 
 
 def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
@@ -263,11 +248,6 @@ def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
     return bullets(lines)
 
 
-def _no_conclusion(report: Report) -> str:
-    reasons = [("suspect", "labels may be given away"), ("confounded", "batches and conditions go together")]
-    return "; ".join(f"{name} ({why})" for name, why in reasons if getattr(report, name))
-
-
 def _row(report: Report, encoder: str):
     return report.single().query("encoder == @encoder").iloc[0]
 
@@ -276,8 +256,7 @@ def _times(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _one(table: pd.DataFrame, library: str, scoring: str, metric: str, average: str):
-    wanted = {"library": library, "scoring": scoring, "metric": metric, "average": average}
-    for column, value in wanted.items():
-        table = table[table[column] == value]
-    return table.iloc[0]
+def _one(table: pd.DataFrame, library: str, scoring: str, average: str = "micro"):
+    """The first row of exact_hit@1 at a read-out."""
+    wanted = {"library": library, "scoring": scoring, "metric": "exact_hit@1", "average": average}
+    return table[np.logical_and.reduce([table[column] == value for column, value in wanted.items()])].iloc[0]

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .parameters import ParameterError, check_parameters, declared_parameters, l
 AUDIT, VOCAB = "01_data_audit", "02_vocab_coverage"
 EVALUATION, REPORT = "05_retrieval_eval", "06_ablation_report"
 # Set for every notebook that declares them; a grid or recipe that sets them too would be overruled.
-OWN_NAMES = ("dataset", "run", "outputs", "overwrite", "runs", "failed")
+OWN_NAMES = ("dataset", "recipe", "run", "outputs", "overwrite", "runs", "failed")
 NEEDS = ("batch_key", "guide_key", "control_label", "simulate")
 
 
@@ -26,14 +26,16 @@ class GridError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: a recipe under one choice of what varies.
+class PlannedRun:
+    """A run that is to be made: a recipe under one choice of what varies.
 
     Attributes
     ----------
     name : str
         `<recipe>-<mask>-seed<seed>`, then `-<name>=<value>` of whatever else varies; the name of its directory.
     recipe : str
+    varied : mapping of name to value
+        Mask and seed, then whatever else varies.
     notebook : str
         Name of the notebook that fits, without .ipynb.
     parameters, evaluation : mapping of name to value
@@ -42,6 +44,7 @@ class Run:
 
     name: str
     recipe: str
+    varied: Mapping[str, Any]
     notebook: str
     parameters: Mapping[str, Any]
     evaluation: Mapping[str, Any]
@@ -53,14 +56,14 @@ class Grid:
 
     Attributes
     ----------
-    runs : tuple of Run
+    runs : tuple of PlannedRun
     skipped : tuple of (recipe, reason)
         Recipes that do not apply to the dataset.
     audit, vocab, report : mapping of name to value
         Parameters of 01_data_audit, 02_vocab_coverage and 06_ablation_report.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
     skipped: tuple[tuple[str, str], ...]
     audit: Mapping[str, Any]
     vocab: Mapping[str, Any]
@@ -109,7 +112,7 @@ def load_grid(
     for key, notebook in (("audit", AUDIT), ("vocab", VOCAB), ("evaluation", EVALUATION), ("report", REPORT)):
         values = _check_own(content.get(key) or {}, f"{path.name}: {key}")
         given[key] = check_parameters(values, declared[notebook], where=f"{path.name}: {key} ({notebook})")
-    runs: list[Run] = []
+    runs: list[PlannedRun] = []
     skipped: list[tuple[str, str]] = []
     for number, block in enumerate(blocks, start=1):
         where = f"{path.name}: runs, block {number}"
@@ -148,7 +151,7 @@ def load_grid(
     )
 
 
-def _make(recipe, notebook, asked, vary, declared, evaluation, where) -> Run:
+def _make(recipe, notebook, asked, vary, declared, evaluation, where) -> PlannedRun:
     values = {**declared[notebook], **asked}
     # 05 gets what the fit got, defaults included, so that the two cannot disagree.
     shared = {
@@ -159,15 +162,17 @@ def _make(recipe, notebook, asked, vary, declared, evaluation, where) -> Run:
     if both := sorted(set(shared) & set(evaluation)):
         raise GridError(f"{where}: {both[0]!r} belongs to the fit ({notebook}); evaluation cannot set it")
     judged = check_parameters(shared, declared[EVALUATION], where=f"{where}: {recipe} ({EVALUATION})")
-    parts = [recipe]
-    if "mask" in values:
-        parts.append(str(values["mask"]))
-    if "seed" in values:
-        parts.append(f"seed{values['seed']}")
-    name = "-".join(map(_clean, parts))
-    # What stands before mask and seed is the recipe, to `perturbret.report.compare` as well.
-    name += "".join(f"-{key}={_written(asked[key])}" for key in vary if key not in ("mask", "seed"))
-    return Run(name, recipe, notebook, asked, {**judged, **evaluation})
+    varied = {key: values[key] for key in ("mask", "seed") if key in values} | {
+        key: asked[key] for key in vary
+    }
+    texts = {"mask": "{}", "seed": "seed{}"}
+    parts = [
+        _clean(texts[key].format(varied[key])) if key in texts else f"{key}={_written(varied[key])}"
+        for key in varied
+    ]
+    return PlannedRun(
+        "-".join([_clean(recipe), *parts]), recipe, varied, notebook, asked, {**judged, **evaluation}
+    )
 
 
 def _clean(text: str) -> str:
@@ -181,12 +186,12 @@ def _written(value: Any) -> str:
     return clean if clean == text else f"{clean}_{hashlib.sha256(text.encode()).hexdigest()[:6]}".strip("_")
 
 
-def _with_own(run: Run, dataset: str, declared: Mapping[str, Mapping]) -> Run:
-    # Snakemake decides what is stale; a run whose parameters changed is to be replaced.
-    own = {"dataset": dataset, "run": run.name}
+def _with_own(run: PlannedRun, dataset: str, declared: Mapping[str, Mapping]) -> PlannedRun:
+    """The run with what the workflow sets itself. Snakemake decides what is stale: what is there may be replaced."""
+    own = {"dataset": dataset, "recipe": run.recipe, "run": run.name}
     fit = _declared_only({**own, "overwrite": True}, declared[run.notebook])
     judge = _declared_only(own, declared[EVALUATION])
-    return Run(run.name, run.recipe, run.notebook, {**fit, **run.parameters}, {**judge, **run.evaluation})
+    return replace(run, parameters={**fit, **run.parameters}, evaluation={**judge, **run.evaluation})
 
 
 def _declared_only(values: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +254,7 @@ def _check_vary(vary: Any, where: str) -> None:
             raise GridError(f"{where}: vary: {name}: expected a list of values, got {values!r}")
 
 
-def _check_names(runs: list[Run], where: str) -> None:
+def _check_names(runs: list[PlannedRun], where: str) -> None:
     if not runs:
         raise GridError(f"{where}: no recipe of this grid applies to the dataset")
     names = [run.name for run in runs]

@@ -1,17 +1,16 @@
 """outputs/index.html: links to every report and every run that is there."""
 
 import json
-import re
 from pathlib import Path
 from urllib.parse import quote
 
 from ..files.atomic import write_text
+from ..runs.runs import Identity, read_manifest
 from .grid import AUDIT, REPORT, VOCAB
 from .html import BANNERED, index_page
 from .superseded import Made, fingerprint_of, other_data, read_record
 
 PAGES = "[0-9][0-9]_*.html"
-RUN_NAME = re.compile(r"(?P<recipe>.+?)-(?P<mask>\w+)-(?P<rest>seed\d+.*)")
 # Directories of a dataset that hold no run.
 OTHERS = ("report", "audit", "vocab")
 
@@ -41,11 +40,11 @@ def _dataset(folder: Path, outputs: Path) -> dict:
     others += [(name, folder / "report" / name) for name in ("comparison.csv", "workflow.log")]
     runs = {page.parent.name for page in folder.glob(f"*/{PAGES}")}
     runs |= {page.parent.parent.name for page in folder.glob(f"*/failed/{PAGES}")}
-    listed = list(plan.get("runs", []))
+    planned = plan.get("runs", {})
     runs -= other
-    older = sorted(runs - set(listed) - set(OTHERS))
-    columns, rows = _table(folder, [name for name in listed if name in runs], outputs)
-    old_columns, old_rows = _table(folder, older, outputs)
+    older = sorted(runs - set(planned) - set(OTHERS))
+    columns, rows = _table(folder, [name for name in planned if name in runs], outputs, planned)
+    old_columns, old_rows = _table(folder, older, outputs, {})
     return {
         "name": folder.name,
         "simulated": plan.get("simulated") or any(_bannered(page) for page in (report, audit)),
@@ -81,27 +80,37 @@ def _of_other_data(folder: Path) -> list[Made]:
     return [] if recorded is None else other_data(folder, recorded, recorded)
 
 
-def _table(folder: Path, runs: list[str], outputs: Path) -> tuple[list[str], list[dict]]:
-    """Recipes down, masks across, seeds within a cell; runs with other names get a row of their own."""
+def _table(folder: Path, runs: list[str], outputs: Path, planned: dict) -> tuple[list[str], list[dict]]:
+    """Recipes down, masks across, seeds within a cell; runs of which nothing is known get a row of their own."""
     rows: dict[str, dict[str, list]] = {}
     for run in runs:
-        match = RUN_NAME.fullmatch(run)
-        name, column, label = (match["recipe"], match["mask"], match["rest"]) if match else (run, "", "")
-        pages = sorted([*(folder / run).glob(PAGES), *(folder / run).glob(f"failed/{PAGES}")])
-        links = [
-            (
-                page.stem[:2] + (" failed" if page.parent.name == "failed" else ""),
-                _address(page, outputs),
-                page,
-            )
-            for page in sorted(pages, key=lambda page: page.name)
-        ]
-        links = [(text, address, page.parent.name == "failed") for text, address, page in links]
-        rows.setdefault(name, {}).setdefault(column, []).append((label.replace("seed", "seed "), links))
+        name, column, label = _place(folder / run, planned.get(run, {}))
+        pages = [*(folder / run).glob(PAGES), *(folder / run).glob(f"failed/{PAGES}")]
+        links = []
+        for page in sorted(pages, key=lambda page: page.name):
+            failed = page.parent.name == "failed"
+            links.append((page.stem[:2] + (" failed" if failed else ""), _address(page, outputs), failed))
+        rows.setdefault(name, {}).setdefault(column, []).append((label, links))
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     return columns, [
         {"name": name, "cells": [cells.get(column, []) for column in columns]} for name, cells in rows.items()
     ]
+
+
+def _place(directory: Path, planned: dict) -> tuple[str, str, str]:
+    """Row, column and label of a run: as the plan says, else as its manifest does."""
+    manifest = read_manifest(directory)
+    if "recipe" in planned and "varied" in planned:
+        recipe, varied = planned["recipe"], dict(planned["varied"])
+    elif "params" in manifest.get("fit", {}):
+        identity = Identity.read(manifest)
+        recipe, varied = identity.method, {"mask": identity.mask, "seed": identity.seed}
+        varied |= {"train_share": identity.train_share} if identity.train_share != 1 else {}
+    else:
+        return directory.name, "", ""
+    column = str(varied.pop("mask", ""))
+    texts = [f"seed {varied.pop('seed')}"] if "seed" in varied else []
+    return recipe, column, ", ".join([*texts, *(f"{key} = {value}" for key, value in varied.items())])
 
 
 def _address(path: Path, outputs: Path) -> str:

@@ -226,7 +226,7 @@ def run_report(
         plan = make_plan(entry, checked, file=file, workdir=workdir, notebooks=notebooks)
         supersede(entry, plan["data"], workdir, say=_say)
         _say(
-            f"{entry.name}: {counted(len(checked.runs), 'run')}; log: {_short(workdir / 'report' / 'workflow.log')}"
+            f"{entry.name}: {counted(len(checked.runs), 'run')}; log: {_relative(workdir / 'report' / 'workflow.log')}"
         )
         call = {"plan": plan, "workdir": workdir, "cores": cores, "profile": settings, "lock": lock}
         ended = _snakemake("all", append=False, **call)
@@ -270,6 +270,7 @@ def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, not
         "runs": {
             run.name: {
                 "recipe": run.recipe,
+                "varied": dict(run.varied),
                 "notebook": run.notebook,
                 "parameters": dict(run.parameters),
                 "evaluation": dict(run.evaluation),
@@ -331,7 +332,7 @@ def exclusive(outputs: Path):
             lock.seek(0)
             _say(
                 f"waiting: process {lock.read().strip() or '?'}, or notebooks that outlived it, still work in "
-                f"{_short(outputs)}"
+                f"{_relative(outputs)}"
             )
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
@@ -452,19 +453,19 @@ def _say_why(workdir: Path, ended: Ended, evaluated: int, asked: int) -> None:
     left = f"{counted(ended.undone, 'notebook')} that it had planned, " if ended.undone else ""
     _say(
         f"the workflow ended without executing {left}and {evaluated} of {counted(asked, 'run')} are evaluated: does "
-        f"the profile ask for a dry run, or for part of the work? See {_short(log)}"
+        f"the profile ask for a dry run, or for part of the work? See {_relative(log)}"
     )
 
 
 def _say_end(failed: dict, finished: bool, page: Path, seconds: float) -> None:
     for (run, name), (reason, kept) in sorted(failed.items()):
-        where = f"; kept: {_short(Path(kept))}" if kept else ""
+        where = f"; kept: {_relative(Path(kept))}" if kept else ""
         _say(f"FAILED {run} {name}: {reason}{where}")
     state = f"{counted(len(failed), 'notebook')} failed" if failed else "NOT finished"
-    _say(f"{'finished' if finished else state} after {duration(seconds)}: {_short(page)}")
+    _say(f"{'finished' if finished else state} after {duration(seconds)}: {_relative(page)}")
 
 
-def _short(path: Path) -> str:
+def _relative(path: Path) -> str:
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 

@@ -70,7 +70,7 @@ def supersede(entry: Entry, stamp: str, workdir: Path, *, say: Callable[[str], N
     others = other_data(workdir, fingerprint, record.get("fingerprint"))
     if others:
         splits = sum(made.path.parent.name == "splits" for made in others)
-        was = ", ".join(sorted({_short(made) for made in others}))
+        was = ", ".join(sorted({_short_fingerprint(made) for made in others}))
         say(
             f"{entry.name}: the data, or what its entry says of them, have changed (fingerprint {was}, now "
             f"{fingerprint[:12]}): moving {len(others) - splits} folders of runs and pages and {splits} split files, "
@@ -121,8 +121,8 @@ def _move(made: Made, workdir: Path) -> Path:
 
 
 def _place(made: Made, number: int) -> str:
-    return _short(made) + (f"-{number}" if number > 1 else "")
+    return _short_fingerprint(made) + (f"-{number}" if number > 1 else "")
 
 
-def _short(made: Made) -> str:
+def _short_fingerprint(made: Made) -> str:
     return made.fingerprint[:12]
