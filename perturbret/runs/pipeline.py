@@ -31,7 +31,7 @@ from .runs import TUNED, Run, write_table
 _HASHED_BY_CONTENT = ("files.atomic", "files.downloads", "data", "alignment.chunks", "alignment.remapping")
 # Pseudo-bulks and bootstrap libraries of query cells are the same for every seed, as the query cells are.
 QUERY_SEED = 0
-_VALIDATION = (evaluate, summarise)
+_VALIDATION = (evaluate, summarise, *(each.of for each in METRICS.values()))
 
 
 def fit_run(run: Run) -> pd.DataFrame:
@@ -52,9 +52,9 @@ def fit_run(run: Run) -> pd.DataFrame:
     made = run.manifest.get("fit")
     same = made and made["params"] == run.params and all(made.get(key) == contexts[key] for key in contexts)
     if same and made["code"] == code and _intact(run.directory, made):
-        if made["validation_code"] != _validation_code():
+        if made["validation_code"] != _code(*_VALIDATION):
             _validate(run, load_encoder(run.directory, cache=cache_directory(run)))
-            made["validation_code"] = _validation_code()
+            made["validation_code"] = _code(*_VALIDATION)
             write_json(run.directory / "manifest.json", {**run.manifest, "fit": made})
         return pd.read_csv(run.directory / "selection.csv")
     started, code = time.perf_counter(), fit_code(run.params)
@@ -85,7 +85,7 @@ def fit_run(run: Run) -> pd.DataFrame:
         "chosen": fitted.chosen,
         "checks": checks,
         "code": code,
-        "validation_code": _validation_code(),
+        "validation_code": _code(*_VALIDATION),
         "encoder_sha256": directory_hash(run.directory / "encoder"),
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(time.perf_counter() - started, 2),
@@ -156,10 +156,6 @@ def _start(checkpoint: str, known: str) -> str:
         if not known:
             raise
         return known
-
-
-def _validation_code() -> str:
-    return _code(*_VALIDATION, *(each.of for each in METRICS.values()))
 
 
 @cache
