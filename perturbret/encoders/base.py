@@ -151,6 +151,11 @@ class Layer(Transform):
         return np.maximum(values, 0, out=values) if self.relu else values
 
 
+def identity(n: int) -> Layer:
+    """The layer of `n` values that changes nothing."""
+    return Layer(np.ones(n), np.zeros(n))
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Features, then layers to an embedding, then optionally a head to log-probabilities.
@@ -241,8 +246,7 @@ class Encoder:
         with replacing(directory) as temporary:
             temporary.mkdir()
             save_file(arrays, temporary / "weights.safetensors")
-            text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-            (temporary / "encoder.json").write_text(text, encoding="utf-8")
+            write_description(temporary, description)
 
 
 @dataclass(frozen=True)
@@ -309,8 +313,13 @@ class Average:
             temporary.mkdir()
             for i, member in enumerate(self.members):
                 member.save(temporary / f"member{i}")
-            text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-            (temporary / "encoder.json").write_text(text, encoding="utf-8")
+            write_description(temporary, description)
+
+
+def write_description(directory: Path, description: dict) -> None:
+    """Write encoder.json, by which `load_encoder` knows what else lies in a directory."""
+    text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    (directory / "encoder.json").write_text(text, encoding="utf-8")
 
 
 def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cache: Path | None = None):
