@@ -151,7 +151,7 @@ def grids():
 IN_NO_GRID = {
     "runs": [
         {"notebook": "03_baselines", "recipes": ["boosted_trees"]},
-        {"notebook": "04_finetune", "recipes": ["scgpt_full_x3"]},
+        {"notebook": "04_finetune", "recipes": ["scgpt_full_x3", "scgpt_lora_head_random"]},
     ]
 }
 

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "base": ["Average", "Encoder", "compute_features", "load_encoder"],
         "baselines": ["KINDS", "fit_baseline"],
-        "methods": ["METHODS", "fit_method", "method"],
+        "methods": ["METHODS", "Training", "fit_method", "method"],
     },
 )

@@ -1,6 +1,6 @@
 """Encoders: from masked cells to embeddings and, where there is a head, to log-probabilities of conditions."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -14,6 +14,7 @@ from scipy.special import log_softmax, logsumexp
 
 from ..data.prepared import Cells, Context
 from ..files.atomic import replacing
+from ..files.places import PACKAGE
 from ..files.plugins import load_plugins
 
 _PACKAGE = __package__.partition(".")[0]
@@ -150,6 +151,11 @@ class Layer(Transform):
         return np.maximum(values, 0, out=values) if self.relu else values
 
 
+def identity(n: int) -> Layer:
+    """The layer of `n` values that changes nothing."""
+    return Layer(np.ones(n), np.zeros(n))
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Features, then layers to an embedding, then optionally a head to log-probabilities.
@@ -240,8 +246,7 @@ class Encoder:
         with replacing(directory) as temporary:
             temporary.mkdir()
             save_file(arrays, temporary / "weights.safetensors")
-            text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-            (temporary / "encoder.json").write_text(text, encoding="utf-8")
+            write_description(temporary, description)
 
 
 @dataclass(frozen=True)
@@ -308,8 +313,13 @@ class Average:
             temporary.mkdir()
             for i, member in enumerate(self.members):
                 member.save(temporary / f"member{i}")
-            text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-            (temporary / "encoder.json").write_text(text, encoding="utf-8")
+            write_description(temporary, description)
+
+
+def write_description(directory: Path, description: dict) -> None:
+    """Write encoder.json, by which `load_encoder` knows what else lies in a directory."""
+    text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    (directory / "encoder.json").write_text(text, encoding="utf-8")
 
 
 def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cache: Path | None = None):
@@ -350,7 +360,8 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cac
         members = tuple(load_encoder(directory, f"member{i}") for i in range(saved["n_members"]))
         return Average(saved["kind"], saved["settings"], members)
     # A family of its own names its module, whose `load` reads it: of this package, whatever a file says.
-    if not re.fullmatch(r"[a-z_]+\.[a-z_]+", form) or importlib.util.find_spec(f"{_PACKAGE}.{form}") is None:
+    named = re.fullmatch(r"([a-z_]+)\.([a-z_]+)", form)
+    if not named or not (PACKAGE / named[1] / f"{named[2]}.py").is_file():
         raise ValueError(
             f"{path}: expected format 'layers', 'average' or a module of {_PACKAGE}, got {saved.get('format')!r}"
         )

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular, svd
 from scipy.sparse import csr_matrix, diags_array
 
-from .base import Encoder, Layer
+from .base import Encoder, Layer, identity
 from .logistic import fit_logistic, preconditioner
 from .methods import Training, above_zero, class_sums, flag, inverse_spread, method, share, whole
 from .spectrum import gram, spectrum
@@ -18,6 +18,12 @@ _LDA_GENES = 5000
 @method("pca", target_sum=above_zero(10000), n_components=whole(20, 50, 100))
 def fit_pca(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Leading principal components of the perturbed training cells, unscaled."""
+    for chosen, components in principal_components(training, grid):
+        yield training.encoder("log1p", (components,), None, chosen, target_sum=chosen["target_sum"])
+
+
+def principal_components(training: Training, grid: list[dict]) -> Iterator[tuple[dict, Layer]]:
+    """Each choice with the layer from log1p expression to its `n_components`."""
     # A round number, so that a choice fitted again alone is iterated with as many vectors as in the search.
     largest = -(-max(chosen["n_components"] for chosen in grid) // 100) * 100
     leading, target_sum = None, None
@@ -26,8 +32,7 @@ def fit_pca(training: Training, grid: list[dict]) -> Iterator[Encoder]:
             target_sum = chosen["target_sum"]
             leading = spectrum(training.features("log1p", target_sum=target_sum), largest)
         vectors = leading.vectors[:, : chosen["n_components"]].astype(np.float64)
-        layers = (Layer(vectors, -leading.mean.astype(np.float64) @ vectors),)
-        yield training.encoder("log1p", layers, None, chosen, target_sum=target_sum)
+        yield chosen, Layer(vectors, -leading.mean.astype(np.float64) @ vectors)
 
 
 @method(
@@ -78,13 +83,12 @@ def fit_lda(training: Training, grid: list[dict]) -> Iterator[Encoder]:
 def fit_logreg(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """Multinomial logistic regression; the embedding is the logits."""
     n_classes = len(training.classes)
-    identity = Layer(np.ones(n_classes), np.zeros(n_classes))
     for features, scale, settings, group in _by_features(training, grid):
         basis = preconditioner(features)
         for chosen in group:
             model = fit_logistic(features, training.labels, n_classes, C=chosen["C"], basis=basis)
             layers = (Layer(model.coef * scale[:, None], model.intercept),)
-            yield training.encoder("log1p", layers, identity, chosen, **settings)
+            yield training.encoder("log1p", layers, identity(n_classes), chosen, **settings)
 
 
 def _by_features(training: Training, grid: list[dict], limit: int | None = None) -> Iterator[tuple]:
@@ -95,9 +99,7 @@ def _by_features(training: Training, grid: list[dict], limit: int | None = None)
         groups.setdefault((chosen["target_sum"], chosen["scale"]), []).append(chosen)
     for (target_sum, scaled), group in groups.items():
         settings = {"target_sum": target_sum}
-        columns = None if limit is None else training.most_variable(limit, target_sum)
-        if columns is not None:
-            settings["columns"] = columns
+        settings |= {} if limit is None else training.most_variable(limit, target_sum)
         features = training.features("log1p", **settings)
         scale = inverse_spread(features) if scaled else np.ones(features.shape[1])
         if scaled:

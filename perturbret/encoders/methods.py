@@ -71,12 +71,12 @@ class Training:
             self._computed = {key: compute_features(name, self.cells, settings)}
         return self._computed[key]
 
-    def most_variable(self, limit: int, target_sum: float) -> list[int] | None:
-        """Columns of the `limit` genes that vary most in log1p expression; None where there are no more than that."""
+    def most_variable(self, limit: int, target_sum: float) -> dict[str, list[int]]:
+        """`columns` of the `limit` genes that vary most in log1p expression; nothing where there are no more."""
         if len(self.cells.genes) <= limit:
-            return None
+            return {}
         _, spread = moments(self.features("log1p", target_sum=target_sum))
-        return np.sort(np.argsort(-spread, kind="stable")[:limit]).tolist()
+        return {"columns": np.sort(np.argsort(-spread, kind="stable")[:limit]).tolist()}
 
     def validation(self, name: str, **settings) -> tuple:
         """Features and classes of the validation cells, those of untrained conditions left out."""
@@ -137,10 +137,6 @@ def inverse_spread(features) -> np.ndarray:
     return 1 / np.where(spread > 0, spread, 1.0)
 
 
-# YAML reads 1e4 as a text and not as a number; a text that got through would fail far from here.
-_TEXT = "(write 1.0e4 or 10000, YAML takes 1e4 for a text)"
-
-
 @dataclass(frozen=True)
 class Setting:
     """One setting of a method.
@@ -172,28 +168,22 @@ def whole(*tried: int, least: int = 1) -> Setting:
     )
 
 
-def above_zero(*tried: float) -> Setting:
-    return Setting(tried, f"a number above 0 {_TEXT}", lambda value: _number(value) and value > 0)
+def _numbers(expected: str, allows: Callable[[Real], bool]) -> Callable[..., Setting]:
+    def allowed(value) -> bool:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        return real and math.isfinite(value) and allows(value)
+
+    return lambda *tried: Setting(tried, expected, allowed)
 
 
-def at_least_zero(*tried: float) -> Setting:
-    return Setting(tried, "a number of at least 0", lambda value: _number(value) and value >= 0)
-
-
-def share(*tried: float) -> Setting:
-    return Setting(tried, "a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
-
-
-def part(*tried: float) -> Setting:
-    return Setting(tried, "a number above 0 and up to 1", lambda value: _number(value) and 0 < value <= 1)
-
-
-def sign(*tried: int) -> Setting:
-    return Setting(tried, "1 or -1", lambda value: _number(value) and value in (1, -1))
-
-
-def _number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+# YAML reads 1e4 as a text and not as a number; a text that got through would fail far from here.
+above_zero = _numbers(
+    "a number above 0 (write 1.0e4 or 10000, YAML takes 1e4 for a text)", lambda value: value > 0
+)
+at_least_zero = _numbers("a number of at least 0", lambda value: value >= 0)
+share = _numbers("a number from 0 to 1", lambda value: 0 <= value <= 1)
+part = _numbers("a number above 0 and up to 1", lambda value: 0 < value <= 1)
+sign = _numbers("1 or -1", lambda value: value in (1, -1))
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,7 @@ def fit_naive_bayes(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     the rates of all cells: the mean of the posterior under a gamma prior (for Poisson counts). The dispersion is the
     moment estimate over training cells around their classes' unsmoothed means, 0 unless `overdispersed`.
     """
-    columns = training.most_variable(_BAYES_GENES, 10000)
-    settings = {} if columns is None else {"columns": columns}
+    settings = training.most_variable(_BAYES_GENES, 10000)
     values = training.features("counts", **settings)
     counts, totals = csr_matrix(values[:, :-1], dtype=np.float64), values[:, -1:].toarray().astype(np.float64)
     sums = class_sums(values, training.labels, len(training.classes))

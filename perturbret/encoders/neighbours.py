@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import Encoder, Layer, Transform
+from .base import Encoder, Transform, identity
+from .linear import principal_components
 from .methods import Training, above_zero, method, whole
-from .spectrum import spectrum
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,12 @@ class Neighbours(Transform):
 def fit_knn(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """k nearest neighbours (Cover & Hart 1967, IEEE Trans. Inf. Theory 13) by cosine between principal components
     of log1p expression, as in `pca`; the embedding is the logarithm of the classes' votes."""
-    largest = -(-max(chosen["n_components"] for chosen in grid) // 100) * 100
-    head = Layer(np.ones(len(training.classes)), np.zeros(len(training.classes)))
-    made = None
-    for chosen in grid:
-        target_sum = chosen["target_sum"]
-        features = training.features("log1p", target_sum=target_sum)
-        if made != target_sum:
-            made, leading = target_sum, spectrum(features, largest)
-        vectors = leading.vectors[:, : chosen["n_components"]].astype(np.float64)
-        components = Layer(vectors, -leading.mean.astype(np.float64) @ vectors)
-        near = Neighbours(
-            _unit(components(features)), training.labels.astype(np.int32), training.shares, chosen["k"]
-        )
-        yield training.encoder("log1p", (components, near), head, chosen, target_sum=target_sum)
+    for chosen, components in principal_components(training, grid):
+        settings = {"target_sum": chosen["target_sum"]}
+        known = _unit(components(training.features("log1p", **settings)))
+        near = Neighbours(known, training.labels.astype(np.int32), training.shares, chosen["k"])
+        head = identity(len(training.classes))
+        yield training.encoder("log1p", (components, near), head, chosen, **settings)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
-from .base import Encoder, Layer, Transform
+from .base import Encoder, Transform, identity
 from .methods import Training, above_zero, at_least_zero, method, part, whole
 
 # Settings of extra trees are compared on forests of this many trees; the chosen one is grown in full.
@@ -134,8 +134,7 @@ def fit_extra_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]:
             cells = np.rint(tree.value[:, 0] * tree.weighted_n_node_samples[:, None])
             trees.append((tree.children_left, tree.children_right, tree.feature, tree.threshold, cells))
         forest = _plant(trees, training.shares, votes=True)
-        head = Layer(np.ones(n_classes), np.zeros(n_classes))
-        yield training.encoder("log1p_depth", (forest,), head, chosen, **settings)
+        yield training.encoder("log1p_depth", (forest,), identity(n_classes), chosen, **settings)
 
 
 @method(
@@ -179,15 +178,12 @@ def fit_boosted_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]
         base = np.zeros(n_classes)
         base[-model._baseline_prediction.size :] = model._baseline_prediction.ravel()
         forest = _plant(trees, base, votes=False)
-        head = Layer(np.ones(n_classes), np.zeros(n_classes))
-        yield training.encoder("log1p_depth", (forest,), head, chosen, **settings)
+        yield training.encoder("log1p_depth", (forest,), identity(n_classes), chosen, **settings)
 
 
 def _features(training: Training, chosen: dict) -> tuple[dict, np.ndarray]:
     settings = {"target_sum": chosen["target_sum"]}
-    columns = training.most_variable(_TREE_GENES, **settings)
-    if columns is not None:
-        settings["columns"] = columns
+    settings |= training.most_variable(_TREE_GENES, **settings)
     return settings, training.features("log1p_depth", **settings).toarray()
 
 

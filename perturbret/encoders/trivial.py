@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .base import Encoder, Layer, compute_features, depth, log1p
+from .base import Encoder, Layer, compute_features, depth, identity, log1p
 from .logistic import fit_logistic
 from .methods import Training, above_zero, class_sums, flag, inverse_spread, method, moments, sign
 
@@ -65,11 +65,8 @@ def fit_target_activation(training: Training, grid: list[dict]) -> Iterator[Enco
             own = training.prepared.columns.get(condition, ())
             if len(own):
                 weight[own, column] = chosen["sign"] / spread[own] / np.sqrt(len(own))
-        identity = Layer(np.ones(len(training.classes)), np.zeros(len(training.classes)))
-        layers = (Layer(weight, -mean @ weight),)
-        yield training.encoder(
-            "log1p", layers, identity, chosen, prior=False, target_sum=chosen["target_sum"]
-        )
+        layers, head = (Layer(weight, -mean @ weight),), identity(len(training.classes))
+        yield training.encoder("log1p", layers, head, chosen, prior=False, target_sum=chosen["target_sum"])
 
 
 @method("mean_shift", target_sum=above_zero(10000))
@@ -77,9 +74,7 @@ def fit_mean_shift(training: Training, grid: list[dict]) -> Iterator[Encoder]:
     """log1p expression minus its mean over control cells; of the most variable genes, where there are many."""
     for chosen in grid:
         settings = {"target_sum": chosen["target_sum"]}
-        columns = training.most_variable(_SHIFT_GENES, **settings)
-        if columns is not None:
-            settings["columns"] = columns
+        settings |= training.most_variable(_SHIFT_GENES, **settings)
         mean, _ = moments(compute_features("log1p", training.reference, settings))
         yield training.encoder("log1p", (Layer(np.ones(len(mean)), -mean),), None, chosen, **settings)
 

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "column_guard": ["guard_columns"],
         "confounders": ["confounding"],
         "judge": ["evaluate", "null_control", "summarise", "within_batch"],
-        "metrics": ["chance", "per_query"],
+        "metrics": ["METRICS", "Ranking", "chance", "metric", "per_query"],
         "nulls": ["permute_conditions"],
         "readouts": ["choose_readout"],
         "retrieval": ["Library", "build_library", "match"],

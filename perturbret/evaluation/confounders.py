@@ -101,19 +101,12 @@ class Confounding:
             "batch from condition": self.batch_from_condition,
             "condition from depth": self.condition_from_depth,
         }
-        rows = [
-            {
-                "guess": name,
-                "hit_rate": guess.hit_rate,
-                "shuffled": guess.shuffled,
-                "prior": guess.prior,
-                "share": guess.share,
-                "p_value": guess.p_value,
-            }
+        shown = ("hit_rate", "shuffled", "prior", "share", "p_value")
+        return pd.DataFrame(
+            {"guess": name, **{each: getattr(guess, each) for each in shown}}
             for name, guess in guesses.items()
             if guess is not None
-        ]
-        return pd.DataFrame(rows)
+        )
 
     def findings(self) -> list[str]:
         """Markdown sentences; the first is the banner where the screen is confounded."""

@@ -7,6 +7,15 @@ from zlib import crc32
 import numpy as np
 
 LIBRARY_KINDS = ("mean", "bootstrap", "raw_cell")
+LIBRARY_SCORINGS = ("cosine", "whitened")
+# Scores are computed to about 7 digits (float32) and kept to this many of the largest: noise must not break
+# ties that are there in truth, or a collapsed encoder would be ranked by rounding errors and not score
+# chance. `perturbret.evaluation.metrics` takes two scores for tied when they are equal to 9 decimals, so ties made here
+# are ties there.
+RESOLUTION = 1e-6
+# Distances from the mean below this share of the vectors' length are rounding errors of float32 embeddings.
+COLLAPSED = 1e-6
+_BLOCK_BYTES = 32e6
 
 
 @dataclass(frozen=True)
@@ -16,7 +25,7 @@ class Library:
     Attributes
     ----------
     kind : str
-        One of `KINDS`.
+        One of `LIBRARY_KINDS`.
     prototypes : ndarray of float32, shape (p, d)
     conditions : ndarray of str, shape (p,)
         Condition of each prototype, in ascending order.
@@ -110,23 +119,6 @@ def build_library(
             prototypes.append((drawn / m) @ cells)
     repeated = np.repeat(names, [len(part) for part in prototypes])
     return Library(kind, np.concatenate(prototypes).astype(np.float32), repeated)
-
-
-LIBRARY_SCORINGS = ("cosine", "whitened")
-
-
-# Scores are computed to about 7 digits (float32) and kept to this many of the largest: noise must not break
-# ties that are there in truth, or a collapsed encoder would be ranked by rounding errors and not score
-# chance. `perturbret.evaluation.metrics` takes two scores for tied when they are equal to 9 decimals, so ties made here
-# are ties there.
-RESOLUTION = 1e-6
-
-
-# Distances from the mean below this share of the vectors' length are rounding errors of float32 embeddings.
-COLLAPSED = 1e-6
-
-
-_BLOCK_BYTES = 32e6
 
 
 def directions(embeddings: np.ndarray, whiten: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:

@@ -19,6 +19,12 @@ from .retrieval import (
 )
 from .whitening import choose_shrinkage, whitener
 
+CLASSIFIER_SCORINGS = ("classifier", "classifier_corrected")
+ALL_SCORINGS = (*LIBRARY_SCORINGS, *CLASSIFIER_SCORINGS)
+POOLINGS = ("scores", "embeddings", "expression")
+# Roles whose cells make the library, by the name of the candidate set.
+LIBRARY_ROLES = {"train": ("train",), "observed": ("train", "gallery")}
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -143,19 +149,6 @@ def _majority(prepared: Prepared, members: np.ndarray) -> np.ndarray | None:
     for column in codes[members].T:
         counts[np.arange(len(members)), column] += 1
     return names[counts.argmax(axis=1)]
-
-
-CLASSIFIER_SCORINGS = ("classifier", "classifier_corrected")
-
-
-ALL_SCORINGS = (*LIBRARY_SCORINGS, *CLASSIFIER_SCORINGS)
-
-
-POOLINGS = ("scores", "embeddings", "expression")
-
-
-# Roles whose cells make the library, by the name of the candidate set.
-LIBRARY_ROLES = {"train": ("train",), "observed": ("train", "gallery")}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ _HASHED_BY_CONTENT = (
 QUERY_SEED = 0
 # What is judged where nothing is named.
 _JUDGED = {"encoder": "pca", "mask": "all_targets", "track": "in_dist", "seed": 0, "search": {}}
-_VALIDATION = (evaluate, summarise)
+_VALIDATION = (evaluate, summarise, *(each.of for each in METRICS.values()))
 
 
 def fit_run(run: Run) -> pd.DataFrame:
@@ -94,9 +94,9 @@ def save_run(
     if "reloaded_equal" in fitted.checks and _kept(run):
         made = run.manifest["fit"]
         identity = run.identity.as_json()
-        if made["validation_code"] != _validation_code():
+        if made["validation_code"] != _code(*_VALIDATION):
             _validate(run, fitted.encoder, scores, summary)
-            made["validation_code"] = _validation_code()
+            made["validation_code"] = _code(*_VALIDATION)
         if run.manifest != {**run.manifest, "identity": identity, "fit": made}:
             write_json(run.directory / "manifest.json", {**run.manifest, "identity": identity, "fit": made})
         return fitted.selection
@@ -128,7 +128,7 @@ def save_run(
         "chosen": fitted.chosen,
         "checks": checks,
         "code": code,
-        "validation_code": _validation_code(),
+        "validation_code": _code(*_VALIDATION),
         "encoder_sha256": directory_hash(run.directory / "encoder"),
         "null_encoder_sha256": directory_hash(run.directory / "null_encoder"),
         "wall_s": round(fitted.wall_s + time.perf_counter() - started, 2),
@@ -270,10 +270,6 @@ def _start(checkpoint: str, known: str) -> str:
 def _content(directory: Path, state: tuple) -> str:
     """Hash of a directory; taken once for each state of its files."""
     return directory_hash(directory)[:16]
-
-
-def _validation_code() -> str:
-    return _code(*_VALIDATION, *(each.of for each in METRICS.values()))
 
 
 @cache
