@@ -10,8 +10,8 @@ import toy
 
 from perturbret.data.prepared import UNLABELLED
 from perturbret.encoders.base import load_encoder, without_cache
-from perturbret.networks import fit as modes
 from perturbret.networks.embedding import fingerprint
+from perturbret.scgpt import backbone as backbone_module
 from perturbret.scgpt.backbone import adapt, backbone_for, fit_scgpt
 from perturbret.scgpt.corpus import Part
 from perturbret.scgpt.network import ScGPT, Shape
@@ -90,13 +90,13 @@ def test_the_same_again_and_another_seed(backbone, prepared):
 
 
 def test_only_training_cells_with_and_without_label_take_part(fit, prepared, monkeypatch):
-    seen, inner = [], modes.adapt
+    seen, inner = [], backbone_module.adapt
 
     def observed(backbone, cells, **keywords):
         seen.append(cells.names)
         return inner(backbone, cells, **keywords)
 
-    monkeypatch.setattr(modes, "adapt", observed)
+    monkeypatch.setattr(backbone_module, "adapt", observed)
     fit()
     (names,) = seen
     roles = dict(zip(prepared.cells.names, prepared.roles, strict=True))
@@ -129,7 +129,8 @@ def test_an_adapted_encoder_is_saved_and_loaded(fit, prepared, tmp_path, mode):
     # Everything after starts from the adapted weights.
     assert fitted.checks["network_sha256"] == said["sha256"] != fingerprint(plain.backbone.network)
     fitted.encoder.save(tmp_path / "encoder")
-    assert json.loads((tmp_path / "encoder" / "encoder.json").read_text())["origin"]["adapted"] == said
+    saved = json.loads((tmp_path / "encoder" / "encoder.json").read_text())
+    assert saved["backbone"]["origin"]["adapted"] == said
     loaded = load_encoder(tmp_path)
     cells = prepared.cells.take(np.arange(20))
     mine = without_cache(fitted.encoder).embed(cells)

@@ -362,22 +362,22 @@ def _no_constant(name: str) -> None:
 
 
 def _column_map(file: Path, dataset: str, entry: dict) -> ColumnMap:
-    values = {}
-    for name in (item.name for item in fields(ColumnMap)):
-        value = entry[name]
-        if name in ("columns", "column_names", "mean", "variance", "n_detected"):
-            if not isinstance(value, list):
-                keys = f" with keys such as {next(iter(value), None)!r}" if isinstance(value, dict) else ""
-                raise GeneSpaceError(
-                    f"{file}: {dataset}: {name}: expected a list in the order of the genes, got "
-                    f"{type(value).__name__}{keys}; JSON turns numbers that are keys into text"
-                )
-            if name in ("columns", "column_names"):
-                value = [() if item is None else item if isinstance(item, list) else [item] for item in value]
-                value = [tuple(item) for item in value]
-            value = tuple(value)
-        values[name] = value
+    values = {item.name: entry[item.name] for item in fields(ColumnMap)}
+    for name in ("columns", "column_names", "mean", "variance", "n_detected"):
+        value = values[name]
+        if not isinstance(value, list):
+            keys = f" with keys such as {next(iter(value), None)!r}" if isinstance(value, dict) else ""
+            raise GeneSpaceError(
+                f"{file}: {dataset}: {name}: expected a list in the order of the genes, got "
+                f"{type(value).__name__}{keys}; JSON turns numbers that are keys into text"
+            )
+        values[name] = tuple(map(_expanded, value) if name.startswith("column") else value)
     return ColumnMap(**values)
+
+
+def _expanded(entry: Any) -> tuple:
+    """What `_compact` made small."""
+    return () if entry is None else tuple(entry) if isinstance(entry, list) else (entry,)
 
 
 def _compact(entry: Sequence) -> Any:

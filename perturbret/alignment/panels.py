@@ -34,11 +34,11 @@ class MatchedGenes:
     keys : mapping of dataset to ndarray of str
         Key of each column: the Ensembl id without version, or the approved symbol, or the name itself where
         HGNC does not know it, or knows several genes by it.
-    symbols, ensembl_ids : mapping of key to str
-        Symbol of each key, unique and whatever the order of the datasets: with `symbol`, the key. With `ensembl`, the
-        symbol that HGNC approves for the id; where it knows none, the alphabetically first of the datasets' names;
-        the id itself where that symbol is another gene's too, or where no dataset names one. Ensembl id where it is
-        known.
+    symbols : mapping of key to str
+        Unique, whatever the order of the datasets. By `ensembl`: the symbol that HGNC approves for the id, else the
+        alphabetically first of the datasets' names, else (or where that is another gene's too) the id itself.
+    ensembl_ids : mapping of key to str
+        Where known.
     own_name : tuple of str
         Names that HGNC gives to another gene of the same dataset as well, and that stay their own gene.
     """
@@ -51,10 +51,8 @@ class MatchedGenes:
 
     def columns(self, dataset: str) -> dict[str, tuple[int, ...]]:
         """Key -> columns of `dataset` with that key, ascending."""
-        found: dict[str, list[int]] = {}
-        for column, key in enumerate(self.keys[dataset]):
-            found.setdefault(str(key), []).append(column)
-        return {key: tuple(columns) for key, columns in found.items()}
+        groups = pd.Series(self.keys[dataset]).groupby(self.keys[dataset], sort=False).indices
+        return {str(key): tuple(columns.tolist()) for key, columns in groups.items()}
 
 
 def match_genes(
@@ -106,7 +104,7 @@ def _by_ensembl(genes, ensembl_ids, resolver: SymbolResolver) -> MatchedGenes:
             if name and not is_ensembl_id(name):
                 found.add(name)
     approved = {identifier: symbol for symbol, identifier in resolver.ensembl_ids.items()}
-    # Of all datasets alike, so that their order has no say.
+    # Of all datasets alike, so that their order has no influence.
     symbols = {key: approved.get(key) or min(found, default=key) for key, found in names.items()}
     # A symbol of two ids would make names ambiguous: those go by their id.
     times = pd.Series(symbols, dtype=object).value_counts()
@@ -118,17 +116,16 @@ def _by_ensembl(genes, ensembl_ids, resolver: SymbolResolver) -> MatchedGenes:
 
 def _rivals(panel, gene: Mapping[str, str], how: Mapping[str, str]) -> set[str]:
     """Names of a panel that lose their gene to a surer name of it, or that tie."""
-    bearers: dict[str, list[str]] = {}
-    for name in dict.fromkeys(str(name).strip() for name in panel):
-        bearers.setdefault(gene[name], []).append(name)
-    lost = set()
-    for names in bearers.values():
-        if len(names) > 1:
-            ranks = [_LINKS.index(how[name]) if how[name] in _LINKS else len(_LINKS) for name in names]
-            best = min(ranks)
-            winner = names[ranks.index(best)] if ranks.count(best) == 1 else None
-            lost |= set(names) - {winner}
-    return lost
+    names = pd.DataFrame({"name": sorted({str(name).strip() for name in panel})})
+    names["gene"] = names["name"].map(gene)
+    names["rank"] = [
+        _LINKS.index(how[name]) if how[name] in _LINKS else len(_LINKS) for name in names["name"]
+    ]
+    of_gene = names.groupby("gene")["rank"]
+    surest = names["rank"] == of_gene.transform("min")
+    alone = surest.groupby(names["gene"]).transform("sum") == 1
+    rivals = (of_gene.transform("size") > 1) & ~(surest & alone)
+    return set(names.loc[rivals, "name"])
 
 
 SELECTIONS = ("dispersion", "seurat_v3", "all")
@@ -208,8 +205,8 @@ def align(
     Raises
     ------
     ValueError
-        An argument is out of range; no gene is eligible, or none is counted in enough cells; counts that are none; a
-        dataset of another number of cells than it says.
+        An argument is out of range; no gene is eligible, or none is counted in enough cells; values that are not
+        counts; a dataset of another number of cells than it says.
 
     Warns
     -----
@@ -218,7 +215,7 @@ def align(
     """
     names = [dataset.name for dataset in datasets]
     least = len(datasets) if min_datasets is None else min_datasets
-    _check(names, screen, perturbed, n, least, selection, weights, min_percent_cells)
+    _check_arguments(names, screen, perturbed, n, least, selection, weights, min_percent_cells)
     resolver = SymbolResolver.from_package() if resolver is None else resolver
     matched = match_genes(
         {d.name: d.genes for d in datasets}, {d.name: d.ensembl_ids for d in datasets}, resolver=resolver
@@ -291,7 +288,7 @@ def align(
     )
 
 
-def _check(names, screen, perturbed, n, least, selection, weights, min_percent_cells) -> None:
+def _check_arguments(names, screen, perturbed, n, least, selection, weights, min_percent_cells) -> None:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"datasets: expected at least one, with distinct names, got {names}")
     if screen and screen not in names:

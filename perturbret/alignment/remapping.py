@@ -86,7 +86,7 @@ def verify_alignment(
     space : GeneSpace
     data : mapping of dataset to (counts, genes) or (counts, genes, ensembl_ids)
         Some cells of each dataset; sparse, with the names of their columns. Ids are needed where genes were matched by
-        them and the names are none.
+        them and the names are not ids.
     resolver : SymbolResolver, optional
         The packaged one by default.
 

@@ -103,5 +103,5 @@ class Backbone(Protocol):
 
     @classmethod
     def load(cls, description: Mapping, weights: dict[str, Tensor], directory: Path) -> Self:
-        """The backbone that `describe` described, with these weights; `directory` is where they lie, for people."""
+        """The backbone that `describe` described, with these weights; `directory` is where they were."""
         ...

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from .backbone import Network
 from .inputs import BATCH_TOKENS
 
-PART_TOKENS = (
-    1024  # on a CPU; smaller parts cost more in calls than they save in padding and in trips to memory
-)
+PART_TOKENS = 1024  # on a CPU; smaller parts cost more in calls than they save in padding and memory traffic
 
 
 class Head(nn.Module):

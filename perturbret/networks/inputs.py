@@ -1,5 +1,6 @@
 """Cells on their way into a network: packed into blocks of like length, or as what was computed of them before."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Rows:
-    """One row per cell, computed once: embeddings that a head is trained on, or outputs of frozen lower layers.
+    """One row per cell: what a network without sequences reads, or what was computed once, embeddings or hidden layers.
 
     Attributes
     ----------
@@ -81,6 +82,10 @@ class Rows:
     @property
     def lengths(self) -> np.ndarray:
         return np.ones(len(self.values), int)
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.values).data).hexdigest()
 
     def padded(self, index: np.ndarray) -> tuple[np.ndarray, None, None]:
         """The cells at `index`, no values, no padding."""

@@ -1,9 +1,7 @@
 """Fine-tuning: batches, losses, optimiser, validation after each epoch, early stopping, resuming.
 
-A plan depends on labels, settings, seed and epoch alone: every process of a run makes the same and takes its share.
-
-Runs on the CPU, one GPU or several processes (accelerate): each process computes its share of every batch, and
-gradients and losses are those of the joint batch.
+Runs on the CPU, one GPU or several processes (accelerate). Batches depend on labels, settings, seed and epoch alone, so
+that all processes plan the same ones and compute a share each; gradients and losses are those of the joint batch.
 """
 
 import math
@@ -97,13 +95,9 @@ def plan_batches(
 
 
 def share(batch: np.ndarray, rank: int, n_processes: int) -> np.ndarray:
-    """The part of a batch that one of several processes computes; all parts are of one size, and what is left over
-    is left out.
+    """The part of a batch that one of several processes computes; parts are of one size, a remainder is left out.
 
-    Raises
-    ------
-    ValueError
-        The batch has fewer cells than there are processes.
+    ValueError where the batch has fewer cells than there are processes.
     """
     size = len(batch) // n_processes
     if not size:
@@ -160,28 +154,15 @@ def contrastive(embeddings: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
 
 
 def classification(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy against labels of which `label_smoothing` is spread evenly over all classes.
-
-    Parameters
-    ----------
-    logits : Tensor, shape (n, C)
-    labels : Tensor of int, shape (n,)
-    label_smoothing : float
-    """
+    """Cross-entropy of logits (n, C) against labels (n,) of which `label_smoothing` is spread over all classes."""
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def carried_log_prior(shares: np.ndarray, label_smoothing: float) -> np.ndarray:
-    """What a classifier trained by `classification` says of a cell that tells it nothing: the log of the mean label.
+    """What a classifier trained by `classification` gives an uninformative cell: the log of the mean label, (C,).
 
-    Not of the classes' shares: smoothing gives rare classes more than that, and whoever takes the shares out again
-    favours them, by as much as all that a shallow cell says.
-
-    Parameters
-    ----------
-    shares : ndarray of float, shape (C,)
-        Of training cells.
-    label_smoothing : float
+    Not the log of the classes' `shares` (C,) of training cells: smoothing gives rare classes more than that, so that
+    taking the shares out again would favour them, by as much as a shallow cell's whole evidence.
     """
     return np.log((1 - label_smoothing) * shares + label_smoothing / len(shares))
 
@@ -268,14 +249,8 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Validation:
-    """What is looked at after each epoch.
-
-    Attributes
-    ----------
-    index : ndarray of int
-        Cells whose embeddings are needed.
-    score : callable
-        (embeddings, logits) of these cells -> (exact_hit@1, loss).
+    """What is measured after each epoch: `score` of (embeddings, logits) of the cells at `index` gives
+    (exact_hit@1, loss).
     """
 
     index: np.ndarray
@@ -335,7 +310,7 @@ def train(
     seed : int
         Of batches and dropout.
     validation : Validation or None
-        None: nothing is looked at, and the weights of `stop_epoch` are kept.
+        None: nothing is measured, and the weights of `stop_epoch` are kept.
     stop_epoch : int
         Epoch to stop after, on the schedule of all `n_epochs`; 0: the last.
     state : path, optional
@@ -514,7 +489,7 @@ def read_state(path: str | os.PathLike | None, key: str) -> dict | None:
 
 
 class _Live:
-    """The encoder that a model is at the moment, knowing the embeddings of some cells by name."""
+    """The encoder that a model is at the moment, with embeddings of some cells, found by name."""
 
     kind = "in training"
     log_prior = None

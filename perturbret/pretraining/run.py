@@ -156,7 +156,7 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
     started = time.perf_counter()
     run.directory.mkdir(parents=True, exist_ok=True)
     (run.directory / "manifest.json").unlink(missing_ok=True)
-    # Named by the code: what other code began is not gone on with.
+    # Named by the code: what other code began is not continued.
     state = run.directory / f"training-{code[:12]}.pt"
     result = pretrain(run.corpus, run.vocabulary, run.plan, seed=run.seed, state=state, report=report)
     save_pretrained(place, result, run.vocabulary, official=True, space=run.space)

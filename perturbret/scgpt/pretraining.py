@@ -281,7 +281,7 @@ def pretrain(
         optimiser = torch.optim.AdamW(
             weights, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
         )
-        key = _key(corpus, vocabulary, plan, seed, start)
+        key = _state_key(corpus, vocabulary, plan, seed, start)
         parts = {"network": network, "decoders": decoders, "optimiser": optimiser}
         history = _resume(state, key, parts)
         first = history[-1]["step"] if history else 0
@@ -383,7 +383,7 @@ def _look(
     return pd.DataFrame(rows)
 
 
-def _key(corpus, vocabulary: Vocabulary, plan: Plan, seed: int, start) -> str:
+def _state_key(corpus, vocabulary: Vocabulary, plan: Plan, seed: int, start) -> str:
     digest = hashlib.sha256(json.dumps([asdict(plan), seed, vocabulary.hash]).encode())
     for part in corpus:
         digest.update(f"{part.name} {part.hash} ".encode())

@@ -42,7 +42,7 @@ class Vocabulary:
     tokens : tuple of str
         Unique; the special tokens are among them.
     source : str
-        Where they are from, for people.
+        Where they are from, in words.
     """
 
     tokens: tuple[str, ...] = field(repr=False)
@@ -138,10 +138,7 @@ def load_vocabulary(path: str | os.PathLike = "") -> Vocabulary:
 def census_file() -> Path:
     """Where the installed scgpt package keeps its census tokens; the package is not imported.
 
-    Raises
-    ------
-    FileNotFoundError
-        It is not installed, or does not hold the file.
+    FileNotFoundError where it is not installed, or does not hold the file.
     """
     # find_spec of a top-level package finds it without running it.
     spec = importlib.util.find_spec("scgpt")
