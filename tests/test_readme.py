@@ -1,6 +1,7 @@
 """What README.md says can be done and found: commands are run somewhere, examples load, files are there."""
 
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -34,6 +35,9 @@ COVERED = {
 }
 SHORTER = {"04_finetune.ipynb": ("-y", "settings: {epochs: 1}")}
 # Paths that README names and that are not in git: results, and a reader's own files.
+NEW_ON_THE_PAGE = {
+    f"perturbret/{name}.py" for name in ("encoders/detected", "networks/dense", "networks/dense_settings")
+}
 NOT_IN_GIT = ("outputs/", "my_", ".venv", "out.ipynb")
 
 
@@ -143,15 +147,36 @@ def test_tree_has_a_line_for_each_file():
     listed = tree()
     patterns = (
         "perturbret/*.py",
+        "perturbret/[a-z]*/",
         "notebooks/*.ipynb",
         "workflow/*.py",
         "workflow/Snakefile",
         "params/*",
         "docs/*.md",
     )
-    files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    files = {path.relative_to(ROOT).as_posix() + "/" * path.is_dir() for path in found}
     assert files - {"perturbret/__init__.py"} - listed == set()
     assert {path for path in listed if path != "outputs/" and not (ROOT / path).exists()} == set()
+
+
+def test_design_names_the_files_of_every_room_and_no_others():
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    named = {room: sorted(re.findall(r"\w+", text.replace("the opponents:", ""))) for room, text in rows}
+    rooms = {path.parent for path in (ROOT / "perturbret").glob("*/__init__.py")}
+    there = {room.name: sorted(p.stem for p in room.glob("*.py") if p.stem != "__init__") for room in rooms}
+    assert {room: files for room, files in named.items() if room in there} == there
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_module_and_function_that_a_page_names_is_there(page):
+    for name in set(re.findall(r"\bperturbret(?:\.[A-Za-z_]\w*)+", page.read_text())):
+        assert pkgutil.resolve_name(name) is not None
+    for path in set(re.findall(r"\bperturbret/[\w/]+\.py", page.read_text())) - NEW_ON_THE_PAGE:
+        assert (ROOT / path).is_file(), path
 
 
 def test_tree_says_what_each_file_is():
