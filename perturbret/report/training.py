@@ -2,6 +2,7 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from ..runs.runs import Run
 from .figures import new_figure
@@ -35,6 +36,8 @@ def training_curves(history: pd.DataFrame, chance: float) -> Figure:
     left.set(title="Loss", xlabel="epoch")
     middle.set(title="Validation exact_hit@1 (dot: kept)", xlabel="epoch", ylim=(0, None))
     right.set(title="Gradient norm", xlabel="epoch", yscale="log")
+    right.yaxis.set_major_formatter(LogFormatter())  # others write mathematics, which pages show as text
+    right.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
     for axis in (left, right):
         axis.legend()
     return figure

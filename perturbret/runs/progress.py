@@ -44,7 +44,7 @@ class Progress:
             ncols=110,
             prefix=self.label or "training",
             unit=f" {step[1]}",
-            bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt}{unit}s, {elapsed}{postfix}",
+            bar_format="{l_bar}{bar:12}| {n_fmt}/{total_fmt}{unit}s, {elapsed}{postfix}",
             postfix=step[4],
         )
         if self.bar is None:
