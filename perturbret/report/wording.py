@@ -1,7 +1,7 @@
 """Numbers, lists and tables as the pages write them: whatever a label holds is text there, never HTML."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -17,6 +17,12 @@ def bullets(lines: list[str]) -> str:
 def plain(label: object) -> str:
     """A label for a Markdown text: shown as it is written, whatever it holds."""
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", str(label))
+
+
+def listed(texts: Iterable[str], most: int = 12, between: str = ", ") -> str:
+    """The first `most` texts and how many more there are; labels among them go through `plain` before."""
+    texts = list(texts)
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def percent(value: float, signed: bool = False) -> str:
@@ -42,6 +48,11 @@ def with_interval(row) -> str:
 def difference(row) -> str:
     """`+0.012 [-0.004, +0.028]` from a row with difference, low and high."""
     return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+
+
+def with_p(row) -> str:
+    """`better, p = 0.003` from a row with verdict and p_holm; the verdict alone where nothing was tested."""
+    return row.verdict + ("" if pd.isna(row.p_holm) else f", p = {row.p_holm:.2g}")
 
 
 def spread(value: float, n_repeats: int) -> str:

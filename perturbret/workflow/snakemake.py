@@ -231,19 +231,13 @@ def run_report(
         call = {"plan": plan, "workdir": workdir, "cores": cores, "profile": settings, "lock": lock}
         ended = _snakemake("all", append=False, **call)
         broken = {run for run, _ in ended.failed}
-        plan["evaluated"] = [
-            name
-            for name in plan["runs"]
-            if name not in broken and (workdir / name / f"{EVALUATION}.ipynb").exists()
-        ]
+        judged = {path.parent.name for path in workdir.glob(f"*/{EVALUATION}.ipynb")}
+        plan["evaluated"] = [name for name in plan["runs"] if name in judged - broken]
         if plan["evaluated"] and (ended.whole or ended.failed):
             if "failed" in declared_parameters(notebooks / f"{REPORT}.ipynb"):
                 plan["report"]["failed"] = sorted(broken & set(plan["runs"]))
-            ended = ended.then(
-                _snakemake(
-                    "report/06_ablation_report.ipynb", "--allowed-rules", "report", append=True, **call
-                )
-            )
+            only = ("--allowed-rules", "report")
+            ended = ended.then(_snakemake(f"report/{REPORT}.ipynb", *only, append=True, **call))
         page = write_index(outputs)
     reported = (workdir / "report" / f"{REPORT}.html").exists()
     finished = ended.whole and reported and set(plan["evaluated"]) == set(plan["runs"])
@@ -267,16 +261,7 @@ def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, not
         "audit": dict(grid.audit),
         "vocab": dict(grid.vocab),
         "report": dict(grid.report),
-        "runs": {
-            run.name: {
-                "recipe": run.recipe,
-                "varied": dict(run.varied),
-                "notebook": run.notebook,
-                "parameters": dict(run.parameters),
-                "evaluation": dict(run.evaluation),
-            }
-            for run in grid.runs
-        },
+        "runs": {run.name: asdict(run) for run in grid.runs},
         "evaluated": [],
     }
 
@@ -393,17 +378,16 @@ def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, 
         "PERTURBRET_EVENTS": str(events),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        target,
-        "--snakefile",
-        str(CHECKOUT / "workflow" / "Snakefile"),
-    ]
-    command += ["--directory", str(workdir), "--configfile", str(folder / "plan.json"), "--cores", str(cores)]
-    command += ["--workflow-profile", str(profile), *options]
-    command += ["--runtime-source-cache-path", str(workdir / ".snakemake" / "sources")]
+    command = [sys.executable, "-m", "snakemake", target, *options]
+    for name, value in {
+        "snakefile": CHECKOUT / "workflow" / "Snakefile",
+        "directory": workdir,
+        "configfile": folder / "plan.json",
+        "cores": cores,
+        "workflow-profile": profile,
+        "runtime-source-cache-path": workdir / ".snakemake" / "sources",
+    }.items():
+        command += [f"--{name}", str(value)]
     with open(log, "ab") as output:
         begin = output.tell()
         process = subprocess.Popen(
@@ -444,11 +428,8 @@ def _say_why(workdir: Path, ended: Ended, evaluated: int, asked: int) -> None:
     if ended.code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
         full = no_space(workdir)
-        _say(
-            "\n".join(
-                [f"the workflow itself failed{f': {full}' if full else ''}; the end of its log:", *lines]
-            )
-        )
+        reason = f": {full}" if full else ""
+        _say("\n".join([f"the workflow itself failed{reason}; the end of its log:", *lines]))
         return
     left = f"{counted(ended.undone, 'notebook')} that it had planned, " if ended.undone else ""
     _say(
