@@ -2,9 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from pandas.io.formats.style import Styler
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 # What Markdown, HTML or MathJax might take for markup; an underscore within a word is none.
 _MARKUP = re.compile(r"[\\`*{}\[\]<>|~$&#!()]|(?<!\w)_|_(?!\w)")
@@ -68,21 +72,28 @@ class Shown(pd.DataFrame):
         return Shown
 
     @property
-    def style(self) -> Styler:
-        return _Escaping(self)
+    def style(self) -> "Styler":
+        return _escaping()(self)
 
 
-class _Escaping(Styler):
-    def __init__(self, data: pd.DataFrame, **options):
-        super().__init__(data, **{"escape": "html", **options})
-        for axis in (0, 1):
-            self.format_index(axis=axis)
+@cache
+def _escaping() -> type:
+    """A Styler that escapes. Made when it is needed: pandas' own imports matplotlib."""
+    from pandas.io.formats.style import Styler
 
-    def format(self, *args, escape: str | None = "html", **options) -> Styler:
-        return super().format(*args, escape=escape, **options)
+    class Escaping(Styler):
+        def __init__(self, data: pd.DataFrame, **options):
+            super().__init__(data, **{"escape": "html", **options})
+            for axis in (0, 1):
+                self.format_index(axis=axis)
 
-    def format_index(self, *args, escape: str | None = "html", **options) -> Styler:
-        return super().format_index(*args, escape=escape, **options)
+        def format(self, *args, escape: str | None = "html", **options) -> Styler:
+            return super().format(*args, escape=escape, **options)
+
+        def format_index(self, *args, escape: str | None = "html", **options) -> Styler:
+            return super().format_index(*args, escape=escape, **options)
+
+    return Escaping
 
 
 def shown(
@@ -91,7 +102,7 @@ def shown(
     index: bool = False,
     precision: int = 2,
     formats: Mapping[str, str] | None = None,
-) -> Styler:
+) -> "Styler":
     """A table for a page: escaped, texts to the left, a dash for what is missing.
 
     Parameters
