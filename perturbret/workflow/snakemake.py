@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -89,8 +90,10 @@ class Progress:
         Events may lag behind on a network's file system; a log that says nothing of plans plans nothing.
         """
         log = self.log.read_bytes()[self.begin :] if self.log.exists() else b""
-        ended = len(self.failed) + sum(map(len, self.seconds.values()))
-        return 0 if b"(100%) done" in log else max(self.total.total() - ended, 0)
+        return 0 if b"(100%) done" in log else max(self.total.total() - self._ended(), 0)
+
+    def _ended(self) -> int:
+        return len(self.failed) + sum(map(len, self.seconds.values()))
 
     def left(self) -> float | None:
         """Seconds that remain, about; None before anything is known."""
@@ -101,19 +104,15 @@ class Progress:
         for name, count in self.total.items():
             # A notebook of which none has ended yet is taken for an average one.
             known = self.seconds.get(name, [])
-            mean = sum(known or everything) / len(known or everything)
-            rest += max(count - len(known) - self._failures(name), 0) * mean
+            failures = sum(notebook == name for _, notebook in self.failed)
+            rest += max(count - len(known) - failures, 0) * statistics.fmean(known or everything)
         return rest / self.cores
 
-    def _failures(self, notebook: str) -> int:
-        return sum(name == notebook for _, name in self.failed)
-
     def _new_events(self) -> list[dict]:
+        """Events whose lines are complete and were not read before."""
         if not self.events.exists():
             return []
-        with open(self.events, "rb") as file:
-            file.seek(self._read)
-            lines = file.read()
+        lines = self.events.read_bytes()[self._read :]
         complete = lines[: lines.rfind(b"\n") + 1]
         self._read += len(complete)
         return [json.loads(line) for line in complete.splitlines()]
@@ -129,15 +128,14 @@ class Progress:
             self.failed[run, name] = (event["error"], event["kept"])
         else:
             self.seconds.setdefault(name, []).append(event["seconds"])
-        done = len(self.failed) + sum(map(len, self.seconds.values()))
-        total = self.total.total()
+        done, total = self._ended(), self.total.total()
         place = f"[{done:{len(str(total))}}/{total}]" if total else f"[{done}]"
-        if event["event"] == "failed":
-            self._say(f"{place} FAILED {run} {name}: {event['error']}")
-            return
         left = self.left()
         rest = f"; about {duration(left)} left" if left and done < total else ""
-        self._say(f"{place} {run} {name} {duration(event['seconds'])}{rest}")
+        if event["event"] == "failed":
+            self._say(f"{place} FAILED {run} {name}: {event['error']}")
+        else:
+            self._say(f"{place} {run} {name} {duration(event['seconds'])}{rest}")
 
     def _say(self, line: str) -> None:
         self._spoke = time.time()
