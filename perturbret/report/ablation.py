@@ -12,21 +12,10 @@ from ..evaluation.readouts import readout_name
 from ..files.atomic import replacing
 from ..runs.pipeline import fit_code
 from ..runs.runs import outputs_root, write_table
+from . import compare
 from .audit import Checks
-from .compare import (
-    ARENA,
-    LEAK_FREE,
-    Finished,
-    choose_readouts,
-    collect,
-    contrasts,
-    display_name,
-    estimates,
-    first_of,
-    kept_scores,
-    null_verdicts,
-)
-from .wording import difference, spread, with_interval
+from .compare import ARENA, LEAK_FREE, Finished, collect, display_name, first_of
+from .wording import difference, spread, with_interval, with_p
 
 
 @dataclass(frozen=True)
@@ -191,51 +180,41 @@ def headline_table(report: Report) -> pd.DataFrame:
     """A row per method, as a README shows it: single cells, pools of 20, read-out, verdict against the baseline."""
     mrr = report.single(metric="mrr").set_index("encoder")["estimate"]
     pooled = report.rows(query_size=20, pooling="scores", primary=True).set_index("encoder")
-    against = report.asked("baseline")["verdict"]
-    roles = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"]
+    twenty = {name: with_interval(row) for name, row in pooled.iterrows()}
+    verdicts = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["role"].to_dict()
+    verdicts |= {**report.asked("baseline")["verdict"], report.baseline: "the baseline"}
     return pd.DataFrame(
-        [
-            {
-                "method": display_name(row.encoder),
-                "exact_hit@1": with_interval(row),
-                "mrr": f"{mrr[row.encoder]:.3f}",
-                "exact_hit@1, 20 cells": with_interval(pooled.loc[row.encoder])
-                if row.encoder in pooled.index
-                else "",
-                "read-out": readout_name(row.scoring, row.library),
-                "verdict": "the baseline"
-                if row.encoder == report.baseline
-                else against.get(row.encoder, roles[row.encoder]),
-            }
-            for row in report.single().itertuples()
-        ]
+        {
+            "method": display_name(row.encoder),
+            "exact_hit@1": with_interval(row),
+            "mrr": f"{mrr[row.encoder]:.3f}",
+            "exact_hit@1, 20 cells": twenty.get(row.encoder, ""),
+            "read-out": readout_name(row.scoring, row.library),
+            "verdict": verdicts[row.encoder],
+        }
+        for row in report.single().itertuples()
     )
 
 
 def contrast_table(report: Report, *questions: str) -> pd.DataFrame:
-    """Paired differences with their verdicts; see `perturbret.report.compare.contrasts`."""
+    """Paired differences with their verdicts, as text; see `perturbret.report.compare.contrasts`."""
     rows = report.contrasts[report.contrasts["question"].isin(questions)]
-    rows = rows.sort_values(
-        ["question", "difference"],
-        key=lambda c: c.map(questions.index) if c.name == "question" else -c,
-    )
+    rows = rows.assign(place=rows["question"].map(questions.index), largest=-rows["difference"])
     return pd.DataFrame(
-        [
-            {
-                "question": row.question,
-                "method": display_name(row.encoder),
-                "against": f"{row.mask} instead of {row.against}"
-                if row.question == "mask"
-                else display_name(row.against),
-                "at": readout_name(row.scoring, row.library),
-                "exact_hit@1": f"{row.estimate:.3f} against {row.other:.3f}",
-                "difference": difference(row),
-                "spread": spread(row.spread, row.n_repeats),
-                "verdict": row.verdict + ("" if pd.isna(row.p_holm) else f", p = {row.p_holm:.2g}"),
-                "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
-            }
-            for row in rows.itertuples()
-        ]
+        {
+            "question": row.question,
+            "method": display_name(row.encoder),
+            "against": f"{row.mask} instead of {row.against}"
+            if row.question == "mask"
+            else display_name(row.against),
+            "at": readout_name(row.scoring, row.library),
+            "exact_hit@1": f"{row.estimate:.3f} against {row.other:.3f}",
+            "difference": difference(row),
+            "spread": spread(row.spread, row.n_repeats),
+            "verdict": with_p(row),
+            "mrr": f"{row.mrr:+.3f} [{row.mrr_low:+.3f}, {row.mrr_high:+.3f}]",
+        }
+        for row in rows.sort_values(["place", "largest"]).itertuples()
     )
 
 
@@ -246,8 +225,8 @@ def _main_first(arena: tuple) -> tuple:
 
 def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: dict) -> Report:
     """The report of one arena."""
-    readouts = choose_readouts(runs, n_resamples=n_resamples)
-    scores = kept_scores(runs, readouts)
+    readouts = compare.choose_readouts(runs, n_resamples=n_resamples)
+    scores = compare.kept_scores(runs, readouts)
     reason = "suspect" if shared.get("suspect") else "confounded" if shared.get("confounded") else ""
     judge = next(run for run in runs if run.identity.mask == LEAK_FREE)
     summary = judge.table("summary").query("query_size == 1 and average == 'micro'")
@@ -257,9 +236,9 @@ def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: d
         *judge.identity.arena,
         readouts=readouts,
         scores=scores,
-        table=estimates(scores, n_resamples=n_resamples),
-        verdicts=null_verdicts(runs, readouts),
-        contrasts=contrasts(
+        table=compare.estimates(scores, n_resamples=n_resamples),
+        verdicts=compare.null_verdicts(runs, readouts),
+        contrasts=compare.contrasts(
             scores, readouts, n_resamples=n_resamples, no_verdict=f"not judged: {reason}" if reason else ""
         ),
         chance=summary.groupby("metric")["chance"].first().to_dict(),
@@ -332,14 +311,9 @@ def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
     full = full.reindex(index=names, columns=names, fill_value=0.0)
     mixed = full.to_numpy(copy=True)
     np.fill_diagonal(mixed, 0.0)
-    chosen: list[str] = []
-    for flat in np.argsort(mixed, axis=None)[::-1]:
-        for name in (names[i] for i in np.unravel_index(flat, mixed.shape)):
-            if name not in chosen and len(chosen) < n:
-                chosen.append(name)
-        if len(chosen) == n:
-            break
-    return full.loc[sorted(chosen), sorted(chosen)]
+    largest = np.unravel_index(np.argsort(mixed, axis=None)[::-1], mixed.shape)
+    chosen = sorted(names[i] for i in pd.unique(np.column_stack(largest).ravel())[:n])
+    return full.loc[chosen, chosen]
 
 
 def _own_singles(report: Report, encoder: str) -> pd.DataFrame:

@@ -16,9 +16,7 @@ from ..evaluation.column_guard import guard_columns, guard_findings, suspect
 from ..evaluation.confounders import Confounding, confounding
 from ..runs.runs import outputs_root, read_manifest
 from .compare import LEAK_FREE
-from .wording import Shown, bullets, plain
-
-_LISTED = 12
+from .wording import Shown, bullets, listed, plain
 
 
 def overview(screen: Screen) -> pd.DataFrame:
@@ -103,30 +101,19 @@ def target_table(screen: Screen) -> pd.DataFrame:
         condition's own cells and in controls.
     """
     status = {row["target"]: row["status"] for row in target_rows(screen)}
-    labels = screen.obs["condition"].to_numpy(str)
-    by_column = screen.counts.tocsc()
+    labels, by_column = screen.obs["condition"].to_numpy(str), screen.counts.tocsc()
+    control = labels == CTRL
     rows = []
     for condition in screen.conditions:
-        own, control = labels == condition, labels == CTRL
-        found = screen.target_columns[condition]
-        part = by_column[:, found] if len(found) else None
-
-        def listed(kind, condition=condition):
-            return ", ".join(gene for gene in targets(condition) if status.get(gene) == kind)
-
-        rows.append(
-            {
-                "condition": condition,
-                "n_cells": int(own.sum()),
-                "measured": ", ".join(map(str, screen.genes[found])),
-                "not_measured": listed(ABSENT),
-                "unknown": listed(UNKNOWN),
-                "umis_own_cells": float(part[own].sum() / own.sum()) if part is not None else np.nan,
-                "umis_controls": float(part[control].sum() / control.sum())
-                if part is not None and control.any()
-                else np.nan,
-            }
-        )
+        own, found = labels == condition, screen.target_columns[condition]
+        genes = {kind: [g for g in targets(condition) if status.get(g) == kind] for kind in (ABSENT, UNKNOWN)}
+        row = {"condition": condition, "n_cells": int(own.sum())}
+        row |= {"measured": ", ".join(map(str, screen.genes[found]))}
+        row |= {"not_measured": ", ".join(genes[ABSENT]), "unknown": ", ".join(genes[UNKNOWN])}
+        for name, cells in (("umis_own_cells", own), ("umis_controls", control)):
+            known = len(found) and cells.any()
+            row[name] = float(by_column[:, found][cells].sum() / cells.sum()) if known else np.nan
+        rows.append(row)
     return Shown(rows)
 
 
@@ -143,33 +130,35 @@ def targets_findings(screen: Screen) -> list[str]:
         f"Targets: {', '.join(f'{n[status]} {status}' for status in STATUSES)}."
         + ("" if n[MATCHED] else " No target is in the panel: masks take out nothing of a target's own.")
     ]
-    accepted = screen.audit.get("unmeasured_targets") or ()
-    loose = unsettled(rows, accepted)
+    loose = unsettled(rows, screen.audit.get("unmeasured_targets") or ())
     if loose:
         names = {row["target"] for row in loose}
         hit = [condition for condition in screen.conditions if names & set(targets(condition))]
-        said = "; ".join(_unsettled_name(row) for row in loose[:_LISTED])
         lines.append(
             f"**Warning:** {len(hit)} of {len(screen.conditions)} conditions have a target that is neither matched "
-            f"to a column nor known to be unmeasured, so a mask may miss it: {said}{_more(loose)}. Conditions: "
-            f"{_names(hit)}. No mask is free of leaks for them until `target_map` or `unmeasured_targets` in the "
-            "dataset's YAML settles it."
+            f"to a column nor known to be unmeasured, so a mask may miss it: "
+            f"{listed(map(_with_nearest, loose), between='; ')}. Conditions: {listed(map(plain, hit))}. No mask is "
+            "free of leaks for them until `target_map` or `unmeasured_targets` in the dataset's YAML settles it."
         )
-    taken = [row["target"] for row in unsettled(rows) if row not in loose]
+    taken = [plain(row["target"]) for row in unsettled(rows) if row not in loose]
     if taken:
-        lines.append(f"Not measured, as the dataset's YAML states: {_names(taken)}.")
+        lines.append(f"Not measured, as the dataset's YAML states: {listed(taken)}.")
     beside = [f"{plain(name)} ({plain(row['target'])})" for row in rows for name in row["also_masked"]]
     if beside:
         lines.append(
-            "Masked with targets, since they lie beside one or have a similar name: "
-            f"{', '.join(beside[:_LISTED])}{_more(beside)}."
+            f"Masked with targets, since they lie beside one or have a similar name: {listed(beside)}."
         )
     left_out = screen.audit.get("columns_left_out", {})
     if left_out:
         lines.append(
-            f"{len(left_out)} columns are left out, since they are no genes: {_names(list(left_out))}."
+            f"{len(left_out)} columns are left out, since they are no genes: {listed(map(plain, left_out))}."
         )
     return lines
+
+
+def _with_nearest(row: dict) -> str:
+    near = f"nearest column {plain(row['nearest'])}" if row["nearest"] else "no column of a similar name"
+    return f"{plain(row['target'])} ({near})"
 
 
 def label_findings(screen: Screen) -> list[str]:
@@ -179,28 +168,13 @@ def label_findings(screen: Screen) -> list[str]:
         ("unlabelled_labels", "cells are left out, since their label names no perturbation"),
         ("dropped_labels", "cells are left out, as the dataset's entry says"),
     ):
-        held = screen.audit.get(key, {})
-        if held:
+        if held := screen.audit.get(key, {}):
             counted = [f"{plain(label) or 'blank'} {cells:,}" for label, cells in held.items()]
-            lines.append(f"{sum(held.values()):,} {what}: {', '.join(counted[:_LISTED])}{_more(counted)}.")
-    suspicious = screen.audit.get("suspicious_labels", [])
-    if suspicious:
-        said = [f"{plain(row['label'])} ({row['n_cells']:,} cells; {row['why']})" for row in suspicious]
-        lines.append(f"**Look at these labels:** {'; '.join(said[:_LISTED])}{_more(said)}.")
+            lines.append(f"{sum(held.values()):,} {what}: {listed(counted)}.")
+    if suspicious := screen.audit.get("suspicious_labels", []):
+        texts = [f"{plain(row['label'])} ({row['n_cells']:,} cells; {row['why']})" for row in suspicious]
+        lines.append(f"**Look at these labels:** {listed(texts, between='; ')}.")
     return lines
-
-
-def _unsettled_name(row: dict) -> str:
-    near = f"nearest column {plain(row['nearest'])}" if row["nearest"] else "no column of a similar name"
-    return f"{plain(row['target'])} ({near})"
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(map(plain, names[:_LISTED])) + _more(names)
-
-
-def _more(items: list) -> str:
-    return f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
 
 
 def batch_table(screen: Screen) -> pd.DataFrame | None:

@@ -47,7 +47,7 @@ def first_of(readouts: pd.DataFrame, mask: str, *roles: str) -> str | None:
     Parameters
     ----------
     readouts : pandas.DataFrame
-        From `perturbret.report.compare.choose_readouts`.
+        From `choose_readouts`.
     mask : str
     roles : str
         Some of `ROLES`.
@@ -67,6 +67,14 @@ LEAK_FREE = "all_targets"  # the mask of all headline numbers
 ARENA = ["track", "train_share"]
 # Read-outs that every method is shown at, beside the one chosen on validation cells.
 SHOWN = (("classifier", "none"), ("classifier_corrected", "none"), ("whitened", "mean"), ("cosine", "mean"))
+
+
+# Refits that a verdict needs: the spread between them is part of the interval.
+MIN_REPEATS = 3
+NO_DIFFERENCE = "no clear difference"
+# Questions whose verdicts form one Holm family each; `nuisance` is an excess with an interval, without a verdict.
+FAMILIES = (("baseline", "adapting", "pretraining"), ("mask",))
+CONTRASTS_SHOWN = ("exact_hit@1", "mrr")
 
 
 @dataclass(frozen=True)
@@ -210,15 +218,14 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per encoder and mask: the fields of `readouts.Choice`; `role` (see `contenders.role_of`); `track`
+        One row per encoder and mask: the fields of `readouts.Choice`; `role` (see `role_of`); `track`
         and `train_share`; `mode`, `init` and `members` of scGPT's; `available`, a set of (scoring, library) that all
         its runs were evaluated with; `request`, of its first run.
     """
     rows = []
     for (encoder, mask), group in _grouped(runs).items():
-        libraries = [
-            b for b in LIBRARIES[1:] if all(b in run.manifest["evaluation"]["libraries"] for run in group)
-        ]
+        evaluated = set.intersection(*(set(run.manifest["evaluation"]["libraries"]) for run in group))
+        libraries = [library for library in LIBRARIES[1:] if library in evaluated]
         validation = pd.concat([read_validation(run.directory, libraries) for run in group])
         role = role_of(group[0].params["encoder"], mask)
         if role == "ceiling":  # only its posterior bounds other methods, not a cosine of its likelihoods
@@ -226,13 +233,9 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
         # What is to be exceeded stands at its best: no standard error is given away.
         choice = choose_readout(validation, n_errors=float(role != "nuisance"), n_resamples=n_resamples)
         chosen = group[0].manifest["fit"]["chosen"] if role == "tuned" else {}
-        row = {
-            "encoder": encoder,
-            "mask": mask,
-            **{name: getattr(group[0].identity, name) for name in ARENA},
-            "role": role,
-        }
-        row |= asdict(choice) | {name: chosen.get(name, "") for name in ("mode", "init", "members")}
+        arena = {name: getattr(group[0].identity, name) for name in ARENA}
+        row = {"encoder": encoder, "mask": mask, **arena, "role": role, **asdict(choice)}
+        row |= {name: chosen.get(name, "") for name in ("mode", "init", "members")}
         row["available"] = set(zip(validation["scoring"], validation["library"], strict=True))
         row["request"] = group[0].identity.request
         rows.append(row)
@@ -350,14 +353,6 @@ def null_verdicts(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
     return nulls
 
 
-# Refits that a verdict needs: the spread between them is part of the interval.
-MIN_REPEATS = 3
-NO_DIFFERENCE = "no clear difference"
-# Questions whose verdicts form one Holm family each; `nuisance` is an excess with an interval, without a verdict.
-FAMILIES = (("baseline", "adapting", "pretraining"), ("mask",))
-CONTRASTS_SHOWN = ("exact_hit@1", "mrr")
-
-
 def contrasts(
     scores: pd.DataFrame, readouts: pd.DataFrame, *, n_resamples: int = 1000, no_verdict: str = ""
 ) -> pd.DataFrame:
@@ -366,9 +361,9 @@ def contrasts(
     Parameters
     ----------
     scores : pandas.DataFrame
-        From `perturbret.report.compare.kept_scores`, of one track and share of labels.
+        From `kept_scores`, of one track and share of labels.
     readouts : pandas.DataFrame
-        From `perturbret.report.compare.choose_readouts`, of the same.
+        From `choose_readouts`, of the same.
     n_resamples : int
         Of the bootstrap behind intervals; ten sign patterns of paired tests for each.
     no_verdict : str
@@ -385,18 +380,10 @@ def contrasts(
         `spread` between repeats, `p_value` (paired permutation), `p_holm` (adjusted within `FAMILIES`), `verdict`,
         `mrr`, `mrr_low`, `mrr_high`, `n_repeats`.
     """
-    columns = [
-        "question",
-        "encoder",
-        "mask",
-        "against",
-        "scoring",
-        "library",
-        "estimate",
-        "other",
-        "difference",
-    ]
-    columns += ["low", "high", "spread", "p_value", "mrr", "mrr_low", "mrr_high", "n_repeats"]
+    columns = (
+        "question encoder mask against scoring library estimate other difference low high spread p_value"
+    )
+    columns = f"{columns} mrr mrr_low mrr_high n_repeats".split()
     single = scores[scores["query_size"] == 1]
     parts = dict(list(single.groupby(["encoder", "mask", "scoring", "library"], observed=True)))
     by_name = readouts.set_index(["encoder", "mask"])
@@ -416,9 +403,8 @@ def contrasts(
     table = pd.DataFrame(rows, columns=columns)
     table["p_holm"], table["verdict"] = np.nan, ""
     for family in FAMILIES:
-        judged = (
-            table["question"].isin(family) & (table["n_repeats"] >= MIN_REPEATS) & table["p_value"].notna()
-        )
+        enough = (table["n_repeats"] >= MIN_REPEATS) & table["p_value"].notna()
+        judged = table["question"].isin(family) & enough
         table.loc[judged, "p_holm"] = holm(table.loc[judged, "p_value"].to_numpy()) if judged.any() else []
     table["verdict"] = [
         ""
@@ -454,14 +440,11 @@ def _pairs(readouts: pd.DataFrame) -> Iterator[tuple[str, tuple[str, str], tuple
         if baseline and one.encoder != baseline and one.role in ("simple", "tuned"):
             yield "baseline", name, (baseline, LEAK_FREE)
         if one.role == "tuned" and one.mode != "frozen":
-            other = _closest(one, tuned[(tuned["mode"] == "frozen") & (tuned["init"] == one.init)])
-            if other:
+            if other := _closest(one, tuned[(tuned["mode"] == "frozen") & (tuned["init"] == one.init)]):
                 yield "adapting", name, (other, LEAK_FREE)
         if one.role == "tuned" and one.init != "random":
-            same = (
-                (tuned["mode"] == one.mode) & (tuned["init"] == "random") & (tuned["members"] == one.members)
-            )
-            if other := _closest(one, tuned[same]):
+            same = (tuned["mode"] == one.mode) & (tuned["members"] == one.members)
+            if other := _closest(one, tuned[same & (tuned["init"] == "random")]):
                 yield "pretraining", name, (other, LEAK_FREE)
         if one.role not in ("ceiling", "precomputed"):
             for mask in sorted(readouts.loc[readouts["encoder"] == one.encoder, "mask"]):

@@ -13,12 +13,11 @@ from ..data.targets import ABSENT, UNKNOWN
 from ..runs.runs import write_table
 from ..scgpt.vocabulary import LINKS, GeneTokens, Vocabulary, map_genes
 from .audit import target_rows
-from .wording import from_to, percent, plain
+from .wording import bullets, from_to, listed, percent, plain
 
 # Below this share after mapping, by genes or by UMIs, the page warns.
 WARN_BELOW = 0.95
 SETS = ("all genes", "highly variable genes", "targets")
-_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def findings(coverage: Coverage) -> str:
         *_left_lines(coverage),
         *_warnings(coverage),
     ]
-    return "\n".join(f"- {line}" for line in lines)
+    return bullets(lines)
 
 
 _WORDS = {"ensembl": "Ensembl id", "previous": "previous symbol", "alias": "alias"}
@@ -190,23 +189,17 @@ def _targets(screen: Screen, vocabulary: Vocabulary, resolver: SymbolResolver) -
 def _conditions(screen: Screen, genes: pd.DataFrame, named: pd.DataFrame) -> pd.DataFrame:
     bare = set(named.loc[named["token"].isna(), "target"])
     labels = screen.obs["condition"].to_numpy(str)
-    per_cell = {
-        "umis": np.ones(len(genes)),
-        "before": genes["how"] == "direct",
-        "after": genes["token"].notna(),
-    }
-    sums = pd.DataFrame(
-        {name: screen.counts @ np.asarray(kept, np.float64) for name, kept in per_cell.items()}
-    )
+    kept = {"umis": np.ones(len(genes)), "before": genes["how"] == "direct", "after": genes["token"].notna()}
+    sums = pd.DataFrame({name: screen.counts @ np.asarray(mask, np.float64) for name, mask in kept.items()})
     sums = sums.groupby(labels).sum().reindex(screen.conditions)
     without = [", ".join(name for name in targets(c) if name in bare) for c in screen.conditions]
-    after = (sums["after"] / sums["umis"]).to_numpy()
+    before, after = ((sums[name] / sums["umis"]).to_numpy() for name in ("before", "after"))
     return pd.DataFrame(
         {
             "condition": screen.conditions,
             "n_cells": [int((labels == condition).sum()) for condition in screen.conditions],
             "without_token": without,
-            "umi_share_before": (sums["before"] / sums["umis"]).to_numpy(),
+            "umi_share_before": before,
             "umi_share_after": after,
             "affected": (np.array(without, dtype=object) != "") | (after < WARN_BELOW),
         }
@@ -214,26 +207,24 @@ def _conditions(screen: Screen, genes: pd.DataFrame, named: pd.DataFrame) -> pd.
 
 
 def _summary(genes: pd.DataFrame, named: pd.DataFrame) -> pd.DataFrame:
+    """One row per entry of `SETS`: what is counted, and the columns of the panel whose UMIs are."""
+    hvg = genes[genes["hvg"]]
     rows = []
-    # What is counted, and the columns of the panel whose UMIs are.
-    counted = (genes, genes[genes["hvg"]], named)
-    measured = (genes, genes[genes["hvg"]], genes[genes["target"]])
-    for name, items, panel in zip(SETS, counted, measured, strict=True):
-        before, after = items["how"] == "direct", items["token"].notna()
-        umis = panel["umis"].sum()
-        rows.append(
-            {
-                "set": name,
-                "n": len(items),
-                "before": int(before.sum()),
-                "after": int(after.sum()),
-                "share_before": _ratio(before.sum(), len(items)),
-                "share_after": _ratio(after.sum(), len(items)),
-                "umis": umis,
-                "umi_share_before": _ratio(panel.loc[panel["how"] == "direct", "umis"].sum(), umis),
-                "umi_share_after": _ratio(panel.loc[panel["token"].notna(), "umis"].sum(), umis),
-            }
-        )
+    for name, items, panel in zip(
+        SETS, (genes, hvg, named), (genes, hvg, genes[genes["target"]]), strict=True
+    ):
+        row = {"set": name, "n": len(items)}
+        found = {
+            "before": lambda table: table["how"] == "direct",
+            "after": lambda table: table["token"].notna(),
+        }
+        row |= {when: int(has(items).sum()) for when, has in found.items()}
+        row |= {f"share_{when}": _ratio(row[when], len(items)) for when in found}
+        row["umis"] = panel["umis"].sum()
+        row |= {
+            f"umi_share_{w}": _ratio(panel.loc[h(panel), "umis"].sum(), row["umis"]) for w, h in found.items()
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -259,11 +250,12 @@ def _target_line(coverage: Coverage, named) -> str:
 
 def _left_lines(coverage: Coverage) -> list[str]:
     left = genes_without_token(coverage)
-    lines = [
-        f"{len(part)} {'gene' if len(part) == 1 else 'genes'} {why}: {_listed(part['gene'])}."
-        for how, why in _WHY.items()
-        if len(part := left[left["how"] == how])
-    ]
+    lines = []
+    for how, why in _WHY.items():
+        if len(part := left[left["how"] == how]):
+            lines.append(
+                f"{len(part)} {'gene' if len(part) == 1 else 'genes'} {why}: {_names(part['gene'])}."
+            )
     if lines:
         lines.append("Genes without token are left out of scGPT's input; all other methods see them.")
     return lines
@@ -277,7 +269,7 @@ def _warnings(coverage: Coverage) -> list[str]:
         if share < WARN_BELOW
     ]
     hit = coverage.conditions[coverage.conditions["affected"]]
-    names = f"{len(hit)} of {len(coverage.conditions)} conditions: {_listed(hit['condition'])}"
+    names = f"{len(hit)} of {len(coverage.conditions)} conditions: {_names(hit['condition'])}"
     if low:
         lowest = coverage.conditions["umi_share_after"].min()
         kept = "" if np.isnan(lowest) else f", and each keeps at least {percent(lowest)} of its cells' UMIs"
@@ -295,6 +287,5 @@ def _warnings(coverage: Coverage) -> list[str]:
     return [f"Coverage is {WARN_BELOW:.0%} or more for every set, and no condition is affected."]
 
 
-def _listed(names: pd.Series) -> str:
-    shown = ", ".join(map(plain, names.head(_LISTED)))
-    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+def _names(names: pd.Series) -> str:
+    return listed(map(plain, names), most=10)

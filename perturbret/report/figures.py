@@ -10,6 +10,7 @@ from .compare import CEILING, LEAK_FREE, display_name
 
 MASK_COLOURS = {"all_targets": "#1b6ca8", "none": "#8a8a8a", "own_targets": "#c1440e"}
 MASK_NAMES = {"all_targets": "all_targets", "none": "none", "own_targets": "own_targets (unsafe)"}
+_CURVE = {"ms": 4, "lw": 1.6}
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
@@ -90,21 +91,14 @@ def masking_effect(table: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
                 part["estimate"], y, xerr=np.clip(spread, 0, None), fmt="o", ms=4.5, lw=1.5, **style
             )
             if axis is right:
-                axis.plot(
-                    part["luck"],
-                    y,
-                    "|",
-                    color="black",
-                    ms=9,
-                    label="luck level" if mask == masks[-1] else None,
-                )
-    left.set(xlabel="exact_hit@1, true labels", xlim=(0, None))
-    right.set(xlabel="exact_hit@1, permuted labels", xlim=(0, None))
-    left.set_title("What each mask shows")
-    right.set_title("Null control: nothing to find here")
-    left.set_yticks(range(len(order)), order)
-    right.set_yticks(range(len(order)), [])
-    for axis in (left, right):
+                label = "luck level" if mask == masks[-1] else None
+                axis.plot(part["luck"], y, "|", color="black", ms=9, label=label)
+    left.set(xlabel="exact_hit@1, true labels", xlim=(0, None), title="What each mask shows")
+    right.set(
+        xlabel="exact_hit@1, permuted labels", xlim=(0, None), title="Null control: nothing to find here"
+    )
+    for axis, names in ((left, order), (right, [])):
+        axis.set_yticks(range(len(order)), names or [""] * len(order))
         axis.grid(axis="x", alpha=0.25)
         axis.set_ylim(-0.6, len(order) - 0.4)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -149,20 +143,11 @@ def top_k_curves(table: pd.DataFrame, chance: dict[str, float]) -> Figure:
     figure, axes = new_figure(9.5, 3.9, columns=2)
     ks = (1, 5, 8, 10)
     for axis, kind in zip(axes, ("exact_hit", "relevant_hit"), strict=True):
-        wide = table[table["metric"].str.startswith(f"{kind}@")].pivot(
-            index="encoder", columns="metric", values="estimate"
-        )
-        for colour, (encoder, row) in zip(_palette(len(wide)), wide.iterrows(), strict=True):
-            found = [k for k in ks if f"{kind}@{k}" in row.index]
-            axis.plot(
-                found,
-                [row[f"{kind}@{k}"] for k in found],
-                "o-",
-                ms=4,
-                lw=1.6,
-                color=colour,
-                label=encoder,
-            )
+        rows = table[table["metric"].str.startswith(f"{kind}@")]
+        wide = rows.pivot(index="encoder", columns="metric", values="estimate")
+        for colour, (name, values) in zip(_palette(len(wide)), wide.iterrows(), strict=True):
+            found = [k for k in ks if f"{kind}@{k}" in values]
+            axis.plot(found, [values[f"{kind}@{k}"] for k in found], "o-", color=colour, label=name, **_CURVE)
         found = [k for k in ks if f"{kind}@{k}" in chance]
         axis.plot(found, [chance[f"{kind}@{k}"] for k in found], "k:", lw=1.2, label="chance")
         axis.set(xlabel="k (length of the ranked list)", ylabel=f"{kind}@k", xticks=ks, ylim=(0, 1))
@@ -182,17 +167,15 @@ def query_size_curves(table: pd.DataFrame, chance: float) -> Figure:
         part = table[table["pooling"].isin([pooling, "single"])].sort_values("query_size")
         for colour, encoder in zip(_palette(len(encoders)), encoders, strict=True):
             rows = part.query("encoder == @encoder")
-            axis.fill_between(
-                rows["query_size"], rows["ci_low"], rows["ci_high"], color=colour, alpha=0.1, lw=0
-            )
-            axis.plot(rows["query_size"], rows["estimate"], "o-", ms=4, lw=1.6, color=colour, label=encoder)
+            sizes = rows["query_size"]
+            axis.fill_between(sizes, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.1, lw=0)
+            axis.plot(sizes, rows["estimate"], "o-", color=colour, label=encoder, **_CURVE)
         axis.axhline(chance, color="black", ls=":", lw=1, label="chance")
         sizes = sorted(set(part["query_size"]))
         axis.set_xscale("log")
         axis.set_xticks(sizes, sizes)
         axis.minorticks_off()
-        axis.set(xlabel="cells per query", ylim=(0, 1))
-        axis.set_title(f"pooled {pooling}")
+        axis.set(xlabel="cells per query", ylim=(0, 1), title=f"pooled {pooling}")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("exact_hit@1")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
@@ -233,11 +216,8 @@ def coverage_curves(curves: dict[str, pd.DataFrame]) -> Figure:
     figure, (axis,) = new_figure(7, 3.6)
     for colour, (name, curve) in zip(_palette(len(curves)), curves.items(), strict=True):
         axis.plot(curve["coverage"], curve["accuracy"], lw=1.6, color=colour, label=name)
-    axis.set(
-        xlabel="share of queries answered, most confident first",
-        ylabel="exact_hit@1 among them",
-        ylim=(0, None),
-    )
+    axis.set(xlabel="share of queries answered, most confident first", ylabel="exact_hit@1 among them")
+    axis.set_ylim(0, None)
     axis.grid(alpha=0.25)
     figure.legend(loc="outside right center")
     return figure
@@ -253,8 +233,7 @@ def audit_distributions(totals: np.ndarray, detected: np.ndarray, sizes: pd.Seri
     ):
         axis.hist(values, bins=40, color=MASK_COLOURS[LEAK_FREE], alpha=0.8)
         axis.axvline(np.median(values), color="black", lw=1)
-        axis.set(xlabel=name)
-        axis.set_title(f"median {np.median(values):,.0f}")
+        axis.set(xlabel=name, title=f"median {np.median(values):,.0f}")
     return figure
 
 
@@ -278,10 +257,8 @@ def vocab_coverage(summary: pd.DataFrame, *, warn_below: float) -> Figure:
         axis.plot(after, y, "o", color=MASK_COLOURS[LEAK_FREE], ms=6, label="after mapping")
         _line(axis, warn_below, f"{warn_below:.0%}", "--")
         lowest = np.nanmin([before.min(), after.min(), warn_below])
-        axis.set(
-            xlabel=f"share of {name} with a token", xlim=(max(lowest - 0.05, 0) if lowest > 0.5 else 0, 1.01)
-        )
-        axis.set_ylim(-0.6, len(rows) - 0.4)
+        left = max(lowest - 0.05, 0) if lowest > 0.5 else 0
+        axis.set(xlabel=f"share of {name} with a token", xlim=(left, 1.01), ylim=(-0.6, len(rows) - 0.4))
         axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(y, [f"{row.set} ({row.n:,})" for row in rows.itertuples()])
     axes[1].set_yticks(y, [])

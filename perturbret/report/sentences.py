@@ -12,7 +12,7 @@ from ..evaluation.stats import measured_coverage
 from ..runs.runs import Run
 from .ablation import Report, validity
 from .audit import targets_findings
-from .compare import LEAK_FREE, MIN_REPEATS
+from .compare import CEILING, LEAK_FREE, MIN_REPEATS
 from .wording import bullets, percent, plain, span
 
 MASK_MEANING = {
@@ -100,7 +100,8 @@ def headline(report: Report) -> str:
     """The answer, in Markdown: warnings, who is first and against whom, what the null control and checks say."""
     lines = [line if line.startswith("**") else f"**{line}**" for line in report.warnings]
     lines += _best_lines(report)
-    for estimate in report.single().query("encoder == @CEILING")["estimate"]:
+    single = report.single().set_index("encoder")["estimate"]
+    for estimate in single[single.index == CEILING]:
         lines.append(f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(estimate)}.")
     lines += [*_null_lines(report), *_interval_lines(report)]
     if report.missing:
@@ -172,7 +173,8 @@ def _tuned_lines(report: Report) -> list[str]:
     row, parts = _row(report, report.tuned), []
     named = {"baseline": "{}", "adapting": "frozen ({})", "pretraining": "random weights ({})"}
     for question, name in named.items():
-        for one in report.asked(question).query("encoder == @report.tuned").itertuples():
+        asked = report.asked(question)
+        for one in asked[asked.index == report.tuned].itertuples():
             parts.append(
                 f"against {name.format(plain(one.against))} {percent(one.difference, True)} "
                 f"{span(one.low, one.high, True)} at {readout_name(one.scoring, one.library)}, {one.verdict}"

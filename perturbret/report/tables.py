@@ -7,7 +7,7 @@ from ..evaluation.metrics import coverage_area, metric_columns
 from ..evaluation.readouts import readout_name
 from .ablation import Report, validity
 from .compare import LEAK_FREE, SHOWN, display_name
-from .wording import difference, from_to, spread, with_interval
+from .wording import difference, from_to, spread, with_interval, with_p
 
 
 def interval_table(summary: pd.DataFrame, metrics: list[str], *, rows: list[str]) -> pd.DataFrame:
@@ -85,42 +85,39 @@ def method_table(report: Report) -> pd.DataFrame:
     nulls = validity(report).set_index(["encoder", "mask"])["verdict"]
     chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")
     against, excess = report.asked("baseline"), report.asked("nuisance")
+    alone = {
+        "nuisance": "reads no expression",
+        "ceiling": "ceiling",
+        "precomputed": "computed before masking",
+    }
     table = []
     for row in report.single().itertuples():
         name, choice = row.encoder, chosen.loc[row.encoder]
         stable = f"; best of {choice.n_readouts}, {choice.stability:.0%}" if choice.n_readouts > 1 else ""
-        own = {
-            "nuisance": "reads no expression",
-            "ceiling": "ceiling",
-            "precomputed": "computed before masking",
-        }
-        alone = "the baseline" if name == report.baseline else own.get(choice.role, "")
         cells = {"method": display_name(name), "exact_hit@1": with_interval(row)}
         cells |= {"spread": spread(row.spread, row.n_repeats), "mrr": f"{mrr[name]:.3f}"}
         if report.nuisance:
             cells[f"over {report.nuisance}"] = difference(excess.loc[name]) if name in excess.index else ""
-        cells |= {"against the baseline": "", "verdict": alone}
+        verdict = "the baseline" if name == report.baseline else alone.get(choice.role, "")
+        paired = ""
         if name in against.index:
             found = against.loc[name]
-            p = "" if pd.isna(found.p_holm) else f", p = {found.p_holm:.2g}"
-            at = readout_name(found.scoring, found.library)
-            cells |= {"against the baseline": f"{difference(found)} at {at}", "verdict": found.verdict + p}
+            paired = f"{difference(found)} at {readout_name(found.scoring, found.library)}"
+            verdict = with_p(found)
         if nulls[name, LEAK_FREE] != "holds":
-            cells["verdict"] = "; ".join(filter(None, [cells["verdict"], "INVALID: null control"]))
+            verdict = "; ".join(filter(None, [verdict, "INVALID: null control"]))
+        cells |= {"against the baseline": paired, "verdict": verdict}
         table.append({**cells, "read-out": readout_name(row.scoring, row.library) + stable})
     return pd.DataFrame(table).set_index("method").rename_axis(None)
 
 
 def readout_table(report: Report) -> pd.DataFrame:
     """exact_hit@1 of every method at the same read-outs, single cells; `chosen`: best of k on validation cells."""
-    rows = report.rows(query_size=1).assign(
-        text=lambda table: [with_interval(row) for row in table.itertuples()],
-        at=lambda table: [
-            readout_name(*pair) for pair in zip(table["scoring"], table["library"], strict=True)
-        ],
-    )
+    rows = report.rows(query_size=1)
+    at = [readout_name(row.scoring, row.library) for row in rows.itertuples()]
     order = report.single()["encoder"]
-    wide = rows.pivot(index="encoder", columns="at", values="text").reindex(order)
+    wide = rows.assign(at=at, text=[*map(with_interval, rows.itertuples())])
+    wide = wide.pivot(index="encoder", columns="at", values="text").reindex(order)
     wide = wide[[name for name in (readout_name(*pair) for pair in SHOWN) if name in wide]].fillna("")
     chosen = report.readouts.query("mask == @LEAK_FREE").set_index("encoder").loc[order]
     wide["chosen"] = [readout_name(row.scoring, row.library) for row in chosen.itertuples()]
@@ -134,10 +131,9 @@ def pool_table(report: Report) -> pd.DataFrame:
     rows = report.rows(primary=True)
     rows = rows[rows["pooling"].isin(["single", "scores"])]
     columns = [f"{size} ({n:,} queries)" for size, n in rows.groupby("query_size")["n_queries"].max().items()]
-    text = rows.assign(text=[with_interval(row) for row in rows.itertuples()])
-    wide = text.pivot(index="encoder", columns="query_size", values="text").reindex(
-        report.single()["encoder"]
-    )
+    text = rows.assign(text=[*map(with_interval, rows.itertuples())])
+    wide = text.pivot(index="encoder", columns="query_size", values="text")
+    wide = wide.reindex(report.single()["encoder"])
     return wide.set_axis(columns, axis=1).fillna("").rename(index=display_name).rename_axis(None)
 
 

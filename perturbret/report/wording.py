@@ -1,10 +1,14 @@
 """Numbers, lists and tables as the pages write them: whatever a label holds is text there, never HTML."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from pandas.io.formats.style import Styler
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 # What Markdown, HTML or MathJax might take for markup; an underscore within a word is none.
 _MARKUP = re.compile(r"[\\`*{}\[\]<>|~$&#!()]|(?<!\w)_|_(?!\w)")
@@ -17,6 +21,12 @@ def bullets(lines: list[str]) -> str:
 def plain(label: object) -> str:
     """A label for a Markdown text: shown as it is written, whatever it holds."""
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", str(label))
+
+
+def listed(texts: Iterable[str], most: int = 12, between: str = ", ") -> str:
+    """The first `most` texts and how many more there are; labels among them go through `plain` before."""
+    texts = list(texts)
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def percent(value: float, signed: bool = False) -> str:
@@ -44,6 +54,11 @@ def difference(row) -> str:
     return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
 
 
+def with_p(row) -> str:
+    """`better, p = 0.003` from a row with verdict and p_holm; the verdict alone where nothing was tested."""
+    return row.verdict + ("" if pd.isna(row.p_holm) else f", p = {row.p_holm:.2g}")
+
+
 def spread(value: float, n_repeats: int) -> str:
     """`0.004 (3)`: the standard deviation between repeats and their number."""
     return f"– ({n_repeats})" if pd.isna(value) else f"{value:.3f} ({n_repeats})"
@@ -57,21 +72,28 @@ class Shown(pd.DataFrame):
         return Shown
 
     @property
-    def style(self) -> Styler:
-        return _Escaping(self)
+    def style(self) -> "Styler":
+        return _escaping()(self)
 
 
-class _Escaping(Styler):
-    def __init__(self, data: pd.DataFrame, **options):
-        super().__init__(data, **{"escape": "html", **options})
-        for axis in (0, 1):
-            self.format_index(axis=axis)
+@cache
+def _escaping() -> type:
+    """A Styler that escapes. Made when it is needed: pandas' own imports matplotlib."""
+    from pandas.io.formats.style import Styler
 
-    def format(self, *args, escape: str | None = "html", **options) -> Styler:
-        return super().format(*args, escape=escape, **options)
+    class Escaping(Styler):
+        def __init__(self, data: pd.DataFrame, **options):
+            super().__init__(data, **{"escape": "html", **options})
+            for axis in (0, 1):
+                self.format_index(axis=axis)
 
-    def format_index(self, *args, escape: str | None = "html", **options) -> Styler:
-        return super().format_index(*args, escape=escape, **options)
+        def format(self, *args, escape: str | None = "html", **options) -> Styler:
+            return super().format(*args, escape=escape, **options)
+
+        def format_index(self, *args, escape: str | None = "html", **options) -> Styler:
+            return super().format_index(*args, escape=escape, **options)
+
+    return Escaping
 
 
 def shown(
@@ -80,7 +102,7 @@ def shown(
     index: bool = False,
     precision: int = 2,
     formats: Mapping[str, str] | None = None,
-) -> Styler:
+) -> "Styler":
     """A table for a page: escaped, texts to the left, a dash for what is missing.
 
     Parameters

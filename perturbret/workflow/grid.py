@@ -16,6 +16,8 @@ from .parameters import ParameterError, check_parameters, declared_parameters, l
 
 AUDIT, VOCAB = "01_data_audit", "02_vocab_coverage"
 EVALUATION, REPORT = "05_retrieval_eval", "06_ablation_report"
+# Parameters of notebooks that are not a run's fit, by their key in a grid.
+SECTIONS, SECTION_NOTEBOOKS = ("audit", "vocab", "evaluation", "report"), (AUDIT, VOCAB, EVALUATION, REPORT)
 # Set for every notebook that declares them; a grid or recipe that sets them too would be overruled.
 OWN_NAMES = ("dataset", "recipe", "run", "outputs", "overwrite", "runs", "failed")
 NEEDS = ("batch_key", "guide_key", "control_label", "simulate")
@@ -101,15 +103,13 @@ def load_grid(
     """
     path, notebooks = Path(path), Path(notebooks)
     content = load_parameters(path)
-    _check_keys(content, ("runs", "audit", "vocab", "evaluation", "report"), path.name)
-    declared = {
-        name: declared_parameters(notebooks / f"{name}.ipynb") for name in (AUDIT, VOCAB, EVALUATION, REPORT)
-    }
+    _check_keys(content, ("runs", *SECTIONS), path.name)
+    declared = {name: declared_parameters(notebooks / f"{name}.ipynb") for name in SECTION_NOTEBOOKS}
     blocks = content.get("runs")
     if not isinstance(blocks, list) or not blocks:
         raise GridError(f"{path.name}: runs: expected a list of blocks, got {blocks!r}")
     given = {}
-    for key, notebook in (("audit", AUDIT), ("vocab", VOCAB), ("evaluation", EVALUATION), ("report", REPORT)):
+    for key, notebook in zip(SECTIONS, SECTION_NOTEBOOKS, strict=True):
         values = _check_own(content.get(key) or {}, f"{path.name}: {key}")
         given[key] = check_parameters(values, declared[notebook], where=f"{path.name}: {key} ({notebook})")
     runs: list[PlannedRun] = []

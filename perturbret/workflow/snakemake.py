@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -89,8 +90,10 @@ class Progress:
         Events may lag behind on a network's file system; a log that says nothing of plans plans nothing.
         """
         log = self.log.read_bytes()[self.begin :] if self.log.exists() else b""
-        ended = len(self.failed) + sum(map(len, self.seconds.values()))
-        return 0 if b"(100%) done" in log else max(self.total.total() - ended, 0)
+        return 0 if b"(100%) done" in log else max(self.total.total() - self._ended(), 0)
+
+    def _ended(self) -> int:
+        return len(self.failed) + sum(map(len, self.seconds.values()))
 
     def left(self) -> float | None:
         """Seconds that remain, about; None before anything is known."""
@@ -101,19 +104,15 @@ class Progress:
         for name, count in self.total.items():
             # A notebook of which none has ended yet is taken for an average one.
             known = self.seconds.get(name, [])
-            mean = sum(known or everything) / len(known or everything)
-            rest += max(count - len(known) - self._failures(name), 0) * mean
+            failures = sum(notebook == name for _, notebook in self.failed)
+            rest += max(count - len(known) - failures, 0) * statistics.fmean(known or everything)
         return rest / self.cores
 
-    def _failures(self, notebook: str) -> int:
-        return sum(name == notebook for _, name in self.failed)
-
     def _new_events(self) -> list[dict]:
+        """Events whose lines are complete and were not read before."""
         if not self.events.exists():
             return []
-        with open(self.events, "rb") as file:
-            file.seek(self._read)
-            lines = file.read()
+        lines = self.events.read_bytes()[self._read :]
         complete = lines[: lines.rfind(b"\n") + 1]
         self._read += len(complete)
         return [json.loads(line) for line in complete.splitlines()]
@@ -129,15 +128,14 @@ class Progress:
             self.failed[run, name] = (event["error"], event["kept"])
         else:
             self.seconds.setdefault(name, []).append(event["seconds"])
-        done = len(self.failed) + sum(map(len, self.seconds.values()))
-        total = self.total.total()
+        done, total = self._ended(), self.total.total()
         place = f"[{done:{len(str(total))}}/{total}]" if total else f"[{done}]"
-        if event["event"] == "failed":
-            self._say(f"{place} FAILED {run} {name}: {event['error']}")
-            return
         left = self.left()
         rest = f"; about {duration(left)} left" if left and done < total else ""
-        self._say(f"{place} {run} {name} {duration(event['seconds'])}{rest}")
+        if event["event"] == "failed":
+            self._say(f"{place} FAILED {run} {name}: {event['error']}")
+        else:
+            self._say(f"{place} {run} {name} {duration(event['seconds'])}{rest}")
 
     def _say(self, line: str) -> None:
         self._spoke = time.time()
@@ -231,19 +229,13 @@ def run_report(
         call = {"plan": plan, "workdir": workdir, "cores": cores, "profile": settings, "lock": lock}
         ended = _snakemake("all", append=False, **call)
         broken = {run for run, _ in ended.failed}
-        plan["evaluated"] = [
-            name
-            for name in plan["runs"]
-            if name not in broken and (workdir / name / f"{EVALUATION}.ipynb").exists()
-        ]
+        judged = {path.parent.name for path in workdir.glob(f"*/{EVALUATION}.ipynb")}
+        plan["evaluated"] = [name for name in plan["runs"] if name in judged - broken]
         if plan["evaluated"] and (ended.whole or ended.failed):
             if "failed" in declared_parameters(notebooks / f"{REPORT}.ipynb"):
                 plan["report"]["failed"] = sorted(broken & set(plan["runs"]))
-            ended = ended.then(
-                _snakemake(
-                    "report/06_ablation_report.ipynb", "--allowed-rules", "report", append=True, **call
-                )
-            )
+            only = ("--allowed-rules", "report")
+            ended = ended.then(_snakemake(f"report/{REPORT}.ipynb", *only, append=True, **call))
         page = write_index(outputs)
     reported = (workdir / "report" / f"{REPORT}.html").exists()
     finished = ended.whole and reported and set(plan["evaluated"]) == set(plan["runs"])
@@ -267,16 +259,7 @@ def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, not
         "audit": dict(grid.audit),
         "vocab": dict(grid.vocab),
         "report": dict(grid.report),
-        "runs": {
-            run.name: {
-                "recipe": run.recipe,
-                "varied": dict(run.varied),
-                "notebook": run.notebook,
-                "parameters": dict(run.parameters),
-                "evaluation": dict(run.evaluation),
-            }
-            for run in grid.runs
-        },
+        "runs": {run.name: asdict(run) for run in grid.runs},
         "evaluated": [],
     }
 
@@ -393,17 +376,16 @@ def _snakemake(target: str, *options: str, plan, workdir, cores, profile, lock, 
         "PERTURBRET_EVENTS": str(events),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        target,
-        "--snakefile",
-        str(CHECKOUT / "workflow" / "Snakefile"),
-    ]
-    command += ["--directory", str(workdir), "--configfile", str(folder / "plan.json"), "--cores", str(cores)]
-    command += ["--workflow-profile", str(profile), *options]
-    command += ["--runtime-source-cache-path", str(workdir / ".snakemake" / "sources")]
+    command = [sys.executable, "-m", "snakemake", target, *options]
+    for name, value in {
+        "snakefile": CHECKOUT / "workflow" / "Snakefile",
+        "directory": workdir,
+        "configfile": folder / "plan.json",
+        "cores": cores,
+        "workflow-profile": profile,
+        "runtime-source-cache-path": workdir / ".snakemake" / "sources",
+    }.items():
+        command += [f"--{name}", str(value)]
     with open(log, "ab") as output:
         begin = output.tell()
         process = subprocess.Popen(
@@ -444,11 +426,8 @@ def _say_why(workdir: Path, ended: Ended, evaluated: int, asked: int) -> None:
     if ended.code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
         full = no_space(workdir)
-        _say(
-            "\n".join(
-                [f"the workflow itself failed{f': {full}' if full else ''}; the end of its log:", *lines]
-            )
-        )
+        reason = f": {full}" if full else ""
+        _say("\n".join([f"the workflow itself failed{reason}; the end of its log:", *lines]))
         return
     left = f"{counted(ended.undone, 'notebook')} that it had planned, " if ended.undone else ""
     _say(
