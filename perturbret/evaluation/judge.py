@@ -76,7 +76,7 @@ def evaluate(
         of `metrics.per_query`, n_candidates, n_relevant (candidates of relevance 1 or 2), top10 (joined by
         `|`). Where the screen has batches, for single cells, batch_n_candidates, the number of candidates with
         library cells in the query's batch, and batch_hit@1, the chance that the true condition is first among
-        them; both NaN where they are fewer than two or the true condition is none of them.
+        them; both NaN where they are fewer than two or the true condition is not one of them.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def evaluate(
         The encoder was fitted on other data, or under another split, mask or gene panel.
     ValueError
         An unknown name, no cells in a role, no scoring that the encoder has, or, for a classifier, candidates
-        that are none of its classes.
+        that it has no class for.
     """
     encoder.context.check(prepared.context, ablation)
     names = candidate_names(prepared, candidates)

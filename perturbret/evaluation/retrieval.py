@@ -9,7 +9,7 @@ import numpy as np
 LIBRARY_KINDS = ("mean", "bootstrap", "raw_cell")
 LIBRARY_SCORINGS = ("cosine", "whitened")
 # Scores are computed to about 7 digits (float32) and kept to this many of the largest: noise must not break
-# ties that are there in truth, or a collapsed encoder would be ranked by rounding errors and not score
+# real ties, or a collapsed encoder would be ranked by rounding errors and not score
 # chance. `perturbret.evaluation.metrics` takes two scores for tied when they are equal to 9 decimals, so ties made here
 # are ties there.
 RESOLUTION = 1e-6
@@ -78,10 +78,6 @@ def build_library(
     seed : int
         Of the bootstrap library. The draws of a condition depend on its name and on the order of its cells,
         not on the other conditions.
-
-    Returns
-    -------
-    Library
 
     Raises
     ------
@@ -256,7 +252,7 @@ def class_scores(
     Raises
     ------
     ValueError
-        A candidate is none of the classifier's classes: it has no score.
+        The classifier has no class, and so no score, for a candidate.
     """
     column = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in candidates if name not in column]

@@ -96,14 +96,10 @@ def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) 
     paired : bool
         Of differences between two methods.
 
-    Returns
-    -------
-    Coverage
-
     Raises
     ------
     ValueError
-        `average` is another, or there are fewer than two conditions, where there are no intervals.
+        `average` is another word, or there are fewer than two conditions, where there are no intervals.
     """
     if average not in AVERAGES:
         raise ValueError(f"average: expected one of {AVERAGES}, got {average!r}")
@@ -156,10 +152,6 @@ def cluster_bootstrap(
         that never showed another value (Clopper & Pearson 1934; (sum n_i)^2 / sum n_i^2 clusters).
     seed : int
         The same seed and clusters give the same resamples, whatever the values.
-
-    Returns
-    -------
-    Estimates
 
     Raises
     ------
@@ -230,10 +222,6 @@ def repeated_mean(
         Condition of each query.
     average, n_resamples, level, bounds, seed
         As for `cluster_bootstrap`.
-
-    Returns
-    -------
-    Repeated
 
     Raises
     ------
@@ -441,7 +429,7 @@ def _cluster_sums(values: np.ndarray, clusters: Sequence, average: str) -> tuple
 
 
 def _jackknife(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
-    """Variance of the averages (m,), and the degrees of freedom if all cluster means vary alike."""
+    """Variance of the averages (m,), and the degrees of freedom if all cluster means have the same variance."""
     n = len(sizes)
     without = (sums.sum(axis=0) - sums) / (sizes.sum() - sizes)[:, None]
     variance = (n - 1) / n * np.sum((without - without.mean(axis=0)) ** 2, axis=0)
