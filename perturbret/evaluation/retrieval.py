@@ -189,44 +189,20 @@ def match(queries: np.ndarray, prototypes: np.ndarray, starts: np.ndarray) -> np
 
 
 def score_library(
-    embeddings: np.ndarray,
-    library: Library,
-    *,
-    scoring: str = "cosine",
-    whiten: tuple[np.ndarray, np.ndarray] | None = None,
+    embeddings: np.ndarray, library: Library, whiten: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Scores of query embeddings against a library.
+    """Scores (q, c) of query embeddings (q, d) against a library; columns in the order of `library.candidates`.
 
-    Parameters
-    ----------
-    embeddings : ndarray, shape (q, d)
-    library : Library
-    scoring : {'cosine', 'whitened'}
-    whiten : (mean, W)
-        From `perturbret.evaluation.whitening.whitener`; needed for `whitened`, unused for `cosine`.
-
-    Returns
-    -------
-    ndarray, shape (q, c)
-        Columns in the order of `library.candidates`.
-
-    Raises
-    ------
-    ValueError
-        Unknown scoring, no `whiten` for `whitened`, or dimensions differ.
+    By cosine, or by whitened cosine with `whiten`, the (mean, W) of `perturbret.evaluation.whitening.whitener`.
+    ValueError where dimensions differ.
     """
-    if scoring not in LIBRARY_SCORINGS:
-        raise ValueError(f"scoring: expected one of {', '.join(LIBRARY_SCORINGS)}, got {scoring!r}")
-    if scoring == "whitened" and whiten is None:
-        raise ValueError("whiten: scoring 'whitened' expects (mean, W) from whitener(), got None")
     embeddings = np.asarray(embeddings)
     if embeddings.ndim != 2 or embeddings.shape[1] != library.prototypes.shape[1]:
         raise ValueError(
             f"embeddings: expected queries x {library.prototypes.shape[1]} dimensions as in the library, got "
             f"shape {embeddings.shape}"
         )
-    space = whiten if scoring == "whitened" else None
-    return match(directions(embeddings, space), directions(library.prototypes, space), library.starts)
+    return match(directions(embeddings, whiten), directions(library.prototypes, whiten), library.starts)
 
 
 def class_scores(

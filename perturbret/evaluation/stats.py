@@ -61,31 +61,7 @@ class Repeated:
     n_clusters: int
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How often intervals of `cluster_bootstrap` held the truth on simulated retrieval screens.
-
-    Attributes
-    ----------
-    nominal : float
-        Level of the intervals.
-    measured, lowest, highest : float
-        Share that held it: mean over populations of conditions, metrics and estimates, and the extremes among these.
-    n_repeats : int
-        Screens behind each of these shares.
-    n_conditions : int
-        Of those screens: not above the number that was asked for, where so few were simulated.
-    """
-
-    nominal: float
-    measured: float
-    lowest: float
-    highest: float
-    n_repeats: int
-    n_conditions: int
-
-
-def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) -> Coverage:
+def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) -> pd.Series:
     """Coverage of the 95% intervals for a number of conditions, as benchmarks/coverage.py measured it.
 
     Parameters
@@ -95,6 +71,13 @@ def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) 
     average : {"micro", "macro"}
     paired : bool
         Of differences between two methods.
+
+    Returns
+    -------
+    pandas.Series
+        `nominal`, the level; `measured`, the share of simulated screens whose interval held the truth, with `lowest`
+        and `highest` over populations of conditions, metrics and estimates; `n_repeats`, the screens behind each of
+        these; `n_conditions`, of those screens.
 
     Raises
     ------
@@ -107,9 +90,7 @@ def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) 
         raise ValueError(f"n_conditions: expected at least 2, got {n_conditions}")
     table = pd.read_csv(RESOURCES / "coverage.csv")
     table = table[(table["average"] == average) & (table["paired"] == paired)].sort_values("n_conditions")
-    row = table.iloc[max(int((table["n_conditions"] <= n_conditions).sum()) - 1, 0)]
-    shares = (float(row[name]) for name in ("nominal", "measured", "lowest", "highest"))
-    return Coverage(*shares, int(row["n_repeats"]), int(row["n_conditions"]))
+    return table.iloc[max(int((table["n_conditions"] <= n_conditions).sum()) - 1, 0)]
 
 
 def cluster_bootstrap(
