@@ -273,19 +273,24 @@ def null_control(
             detectable_leak(top, true, queries.batch, alpha=alpha, n_permutations=n_permutations)
             for top in tops
         ]
-    labels, own = np.unique(queries.conditions, return_inverse=True)
+    return pd.DataFrame(table | _null_metrics(readouts, list(column), shuffles))
+
+
+def _null_metrics(readouts: list[Scored], names: list[str], shuffles: dict) -> dict[str, list | np.ndarray]:
+    """Columns of the metrics that are `controlled`: mean, luck and p-value of each read-out."""
+    queries, table = readouts[0].queries, {}
+    labels, true = np.unique(queries.conditions, return_inverse=True)
     for name in metric_columns("controlled"):
-        values = [
-            metric_by_label(name, readout.scores, relevance(labels, list(column))) for readout in readouts
-        ]
-        if any(np.isnan(each).any() for each in values):
+        levels = relevance(labels, names)
+        values = [metric_by_label(name, readout.scores, levels) for readout in readouts]
+        if np.isnan(values).any():
             raise ValueError(f"null control: expected numbers from metric {name!r}, got NaN")
         sign = 1 if find_metric(name).better == "higher" else -1
-        table[name] = [each[np.arange(len(own)), own].mean() for each in values]
-        table[f"{name}_luck"] = [luck(each, own, queries.batch) for each in values]
+        table[name] = [each[np.arange(len(true)), true].mean() for each in values]
+        table[f"{name}_luck"] = [luck(each, true, queries.batch) for each in values]
         signed = [sign * each for each in values]
-        table[f"{name}_p_value"] = luck_p_values(signed, own, queries.batch, **shuffles)
-    return pd.DataFrame(table)
+        table[f"{name}_p_value"] = luck_p_values(signed, true, queries.batch, **shuffles)
+    return table
 
 
 def _conditions_by_batch(prepared: Prepared, candidates: str) -> dict[str, np.ndarray]:
