@@ -36,7 +36,7 @@ def main() -> None:
     whiten = measure(f"whitening fitted, {n_train:,} cells x {d}", lambda: whitener(train, conditions))
     measure(
         f"whitened cosine, {shape}",
-        lambda: score_library(queries, library, scoring="whitened", whiten=whiten),
+        lambda: score_library(queries, library, whiten=whiten),
     )
     cells = build_library(train, conditions, kind="raw_cell")
     measure(

@@ -40,9 +40,9 @@ def test_score_is_the_best_cosine_with_the_prototypes_of_a_condition(
     monkeypatch.setattr(perturbret.evaluation.retrieval, "_BLOCK_BYTES", block_bytes)
     train, labels, queries = cells
     library = build_library(train, labels, kind=kind, seed=0)
-    whiten = whitener(train, labels)
-    mean, matrix = whiten if scoring == "whitened" else (np.zeros(6), np.eye(6))
-    scores = score_library(queries, library, scoring=scoring, whiten=whiten)
+    whiten = whitener(train, labels) if scoring == "whitened" else None
+    mean, matrix = whiten or (np.zeros(6), np.eye(6))
+    scores = score_library(queries, library, whiten)
     expected = np.full((30, 4), -2.0)
     for i, query in enumerate((queries - mean) @ matrix):
         for prototype, condition in zip(
@@ -75,10 +75,10 @@ def test_a_collapsed_encoder_ties_all_candidates(d, noise, scoring):
     point = rng.exponential(size=d) * 7
     embeddings = (point * (1 + noise * rng.standard_normal((90, d)))).astype(np.float32)
     labels = np.array(list("ABCDEFGHI"))[np.arange(90) % 9]
-    whiten = whitener(embeddings[:60], labels[:60])
+    whiten = whitener(embeddings[:60], labels[:60]) if scoring == "whitened" else None
     for kind in KINDS:
         library = build_library(embeddings[:60], labels[:60], kind=kind, seed=0)
-        scores = score_library(embeddings[60:], library, scoring=scoring, whiten=whiten)
+        scores = score_library(embeddings[60:], library, whiten)
         assert (np.ptp(np.round(scores, 9), axis=1) == 0).all()
 
 
@@ -97,8 +97,8 @@ def test_one_hot_embeddings_tie_exactly_with_raw_cells():
 
 def test_a_query_scores_the_same_alone_in_company_and_in_another_order(cells):
     train, labels, queries = cells
-    library, whiten = build_library(train, labels, kind="raw_cell"), whitener(train, labels)
-    for options in ({"scoring": "cosine"}, {"scoring": "whitened", "whiten": whiten}):
+    library = build_library(train, labels, kind="raw_cell")
+    for options in ({}, {"whiten": whitener(train, labels)}):
         together = score_library(queries, library, **options)
         alone = np.concatenate([score_library(query[None], library, **options) for query in queries])
         np.testing.assert_allclose(together, alone, atol=2e-6)
@@ -131,8 +131,6 @@ def test_memory_stays_far_below_the_full_query_by_prototype_matrix():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scoring": "euclid"}, "scoring: expected one of cosine, whitened, got 'euclid'"),
-        ({"scoring": "whitened"}, r"expects \(mean, W\)"),
         ({"embeddings": np.ones((2, 5))}, r"queries x 6 dimensions as in the library, got shape \(2, 5\)"),
         ({"embeddings": np.full((2, 6), np.nan)}, "finite numbers, row 0"),
     ],

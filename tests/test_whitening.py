@@ -59,8 +59,7 @@ def test_whitening_does_not_care_about_invertible_maps_when_cells_abound():
     train = rng.standard_normal((20_000, 3)) + (labels == "A")[:, None] * [0.5, 0, 0]
     mixed = train @ np.array([[5, 0, 1], [1, 2, 0], [0, 1, 1.0]]) + 7
     plain, other = (
-        score_library(x[:50], build_library(x, labels), scoring="whitened", whiten=whitener(x, labels))
-        for x in (train, mixed)
+        score_library(x[:50], build_library(x, labels), whiten=whitener(x, labels)) for x in (train, mixed)
     )
     np.testing.assert_allclose(plain, other, atol=0.02)
 
@@ -85,7 +84,7 @@ def test_whitening_of_rank_deficient_embeddings(cells, shape):
     # on average over directions, up to that shrinkage, and none has more.
     variances = np.linalg.eigvalsh(np.cov((deviations @ matrix).T, bias=True).reshape(matrix.shape))
     assert 0.5 < variances.max() < 300 and variances.min() > -1e-9
-    scores = score_library(train, build_library(train, labels), scoring="whitened", whiten=(mean, matrix))
+    scores = score_library(train, build_library(train, labels), whiten=(mean, matrix))
     assert np.isfinite(scores).all() and len(np.unique(scores)) > 4 - 3 * (shape == "one dimension")
 
 
@@ -140,7 +139,7 @@ def test_chosen_shrinkage_is_that_of_a_plain_cross_validation():
             kept = fold != number
             space = whitener(embeddings[kept], labels[kept], shrinkage=shrinkage)
             library = build_library(embeddings[kept], labels[kept])
-            scores = score_library(embeddings[~kept], library, scoring="whitened", whiten=space)
+            scores = score_library(embeddings[~kept], library, whiten=space)
             own = scores[np.arange(len(scores)), codes[~kept]]
             total += (1 / (scores >= own[:, None]).sum(axis=1)).sum()
         found.append(total)

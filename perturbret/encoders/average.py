@@ -9,7 +9,7 @@ from .methods import Setting, Training, fit_method, method
 # What may be averaged: the best simple classifiers, linear ones, a network and trees, from the simplest.
 MEMBERS = ("logreg", "lda_low_rank", "mlp", "extra_trees")
 _SETS = tuple("+".join(names) for size in (2, 3, 4) for names in combinations(MEMBERS, size))
-# Columns of a selection that are no settings.
+# Columns of a selection that are not settings.
 _JUDGED = ("exact_hit@1", "readout")
 
 
@@ -25,8 +25,8 @@ def _allows(value) -> bool:
     methods=Setting(_SETS, f"two or more of {', '.join(MEMBERS)}, joined by +", _allows),
 )
 def fit_average(training: Training, grid: list[dict]) -> Iterator[Average]:
-    """The mean of the members' class probabilities, weighed alike (a linear opinion pool; Genest & Zidek 1986, Stat.
-    Sci. 1). Each member's settings are chosen first, by its own class probabilities on validation cells."""
+    """The mean of the members' class probabilities, each with the same weight (a linear opinion pool; Genest & Zidek
+    1986, Stat. Sci. 1). Each member's settings are chosen first, by its own class probabilities on validation cells."""
     fitted = {}
     for chosen in grid:
         names = chosen["methods"].split("+")

@@ -16,6 +16,7 @@ from ..data.masking import POLICIES
 from ..data.prepared import Cells, Context, Prepared
 from ..data.simulate import Truth
 from ..files.atomic import replacing
+from .base import write_description
 
 # Log-likelihood of a candidate that the model excludes, from that of the least likely other one: finite, so
 # that any read-out can work on embeddings, and exp(-1000) is exactly 0.
@@ -89,7 +90,7 @@ class BayesCeiling:
     def embed(self, cells: Cells) -> np.ndarray:
         """`log_likelihood` of masked cells, float32 (n, C).
 
-        Exact for single cells. A pseudo-bulk of summed counts is no draw from the model of one cell: its
+        Exact for single cells. A pseudo-bulk of summed counts is not a draw from the model of one cell: its
         embedding is an approximation and no ceiling; pool the scores of its cells instead.
         """
         return self.log_likelihood(cells.counts, cells.totals, cells.batch).astype(np.float32)
@@ -113,7 +114,7 @@ class BayesCeiling:
             temporary.mkdir()
             arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
             save_file(arrays, temporary / "weights.safetensors")
-            (temporary / "encoder.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+            write_description(temporary, description)
 
     def _ratios(self, x: np.ndarray, scale: np.ndarray, means: np.ndarray) -> np.ndarray:
         """Ratios (n, C) of cells of one batch; x (n, G) dense, scale (n,), means (G,)."""

@@ -10,8 +10,9 @@ hundreds of passes over the matrix, since expression features are strongly corre
 - features are centred implicitly (the intercept absorbs it), which takes out the dominant direction;
 - L-BFGS starts each step from an approximate Hessian, per class `h_k cov(X) + lambda I` with h_k the present mean
   of p_k (1 - p_k), inverted through the leading eigenvectors of the covariance, which serve every C (Böhning,
-  Ann. Inst. Stat. Math. 44, 1992, uses the like as a bound);
-- logits are carried along, so that the line search is free and a step costs one product forth and one back.
+  Ann. Inst. Stat. Math. 44, 1992, uses a similar bound);
+- logits are carried along, so that the line search is free and a step costs one product with the features
+  and one with their transpose.
 """
 
 import os

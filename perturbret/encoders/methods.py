@@ -202,7 +202,7 @@ class Method:
         While several settings are compared, `fit` makes smaller encoders (`Training.draft`); the one that is kept is
         fitted in full.
     also_fits : tuple of str
-        Other opponents that it may fit in turn.
+        Other opponents that it may fit as its parts.
     """
 
     name: str

@@ -70,7 +70,7 @@ class Forest(Transform):
             (ones, reached.ravel(), np.arange(0, reached.size + 1, len(self.roots))),
             shape=(len(values), len(self.sizes)),
         )
-        sums = (chosen @ self._said).toarray() + self.base
+        sums = (chosen @ self._leaf_entries).toarray() + self.base
         return np.log(sums) if self.votes else sums
 
     @property
@@ -78,7 +78,7 @@ class Forest(Transform):
         return max(1, _BLOCK_PATHS // len(self.roots))
 
     @cached_property
-    def _said(self) -> csr_matrix:
+    def _leaf_entries(self) -> csr_matrix:
         """What each leaf says, float64 (L, C)."""
         starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
         entries = self.entries.astype(np.float64)
@@ -170,11 +170,11 @@ def fit_boosted_trees(training: Training, grid: list[dict]) -> Iterator[Encoder]
             for column, each in enumerate(grown):
                 nodes = each.nodes
                 leaf = nodes["is_leaf"].astype(bool)
-                said = np.zeros((len(nodes), n_classes))
+                entries = np.zeros((len(nodes), n_classes))
                 # Of two classes scikit-learn grows the second's trees alone.
-                said[:, column if len(grown) > 1 else 1] = nodes["value"]
+                entries[:, column if len(grown) > 1 else 1] = nodes["value"]
                 feature = np.where(leaf, -1, nodes["feature_idx"])
-                trees.append((nodes["left"], nodes["right"], feature, nodes["num_threshold"], said))
+                trees.append((nodes["left"], nodes["right"], feature, nodes["num_threshold"], entries))
         base = np.zeros(n_classes)
         base[-model._baseline_prediction.size :] = model._baseline_prediction.ravel()
         forest = _plant(trees, base, votes=False)
@@ -190,7 +190,7 @@ def _features(training: Training, chosen: dict) -> tuple[dict, np.ndarray]:
 def _plant(trees: list[tuple], base: np.ndarray, *, votes: bool) -> Forest:
     """A forest from trees of (left, right, feature, threshold, what each node says of each class)."""
     roots, parts = [], []
-    for left, right, feature, threshold, said in trees:
+    for left, right, feature, threshold, entries in trees:
         leaf = np.asarray(feature) < 0
         inner = np.flatnonzero(~leaf)
         if not np.array_equal(np.asarray(left)[inner], inner + 1):
@@ -199,8 +199,8 @@ def _plant(trees: list[tuple], base: np.ndarray, *, votes: bool) -> Forest:
             )
         roots.append(sum(len(part[0]) for part in parts[-1:]) + (roots[-1] if roots else 0))
         # A leaf may say nothing at all: it keeps one entry, so that every leaf has some.
-        said = said[leaf]
-        kept = said != 0
+        entries = entries[leaf]
+        kept = entries != 0
         kept[:, 0] |= ~kept.any(axis=1)
         parts.append(
             (
@@ -209,7 +209,7 @@ def _plant(trees: list[tuple], base: np.ndarray, *, votes: bool) -> Forest:
                 np.where(leaf, 0, np.asarray(right) + roots[-1]).astype(np.int32),
                 kept.sum(axis=1),
                 np.nonzero(kept)[1],
-                said[kept],
+                entries[kept],
             )
         )
     feature, threshold, right, sizes, columns, entries = map(np.concatenate, zip(*parts, strict=True))

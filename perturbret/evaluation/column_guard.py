@@ -121,7 +121,7 @@ def guard_findings(table: pd.DataFrame, accepted: Sequence[str] = ()) -> list[st
     lines = []
     bad, fine = (table[table["verdict"] == verdict] for verdict in ("suspect", "accepted"))
     if len(bad):
-        named = "; ".join(
+        listed = "; ".join(
             f"`{row.column}` tells {row.tells} (right for {row.precision:.0%} of the cells it names, finds "
             f"{row.recall:.0%} of them)"
             for row in bad.head(10).itertuples()
@@ -129,7 +129,7 @@ def guard_findings(table: pd.DataFrame, accepted: Sequence[str] = ()) -> list[st
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         lines.append(
             f"**SUSPECT: {len(bad)} {'column nearly names' if len(bad) == 1 else 'columns nearly name'} a perturbation "
-            f"without any other gene**: {named}{more}. Guide captures, vector barcodes and targets under another "
+            f"without any other gene**: {listed}{more}. Guide captures, vector barcodes and targets under another "
             "name look like this, and so may a gene that one perturbation alone switches on. Leave such a column out, "
             "mask it (`extra_masked_genes`), or, where it is known to be an effect, name it in the dataset's entry: "
             f"`accepted_columns: [{', '.join(bad['column'].head(10))}]`. Until then no score counts as free of leaks."
@@ -233,7 +233,7 @@ def _best_groups(levels: csc_matrix, groups: _Groups, codes: np.ndarray, folds: 
         group = told.phi.argmax(axis=1)
         at = (np.arange(len(columns)), group)
         best["group"][columns], best["phi"][columns] = group, told.phi[at]
-        best["precision"][columns] = told.hits[at] / np.maximum(told.said[at], 1)
+        best["precision"][columns] = told.hits[at] / np.maximum(told.named[at], 1)
         best["recall"][columns] = told.hits[at] / np.maximum(told.size[group], 1)
         best["by"][columns] = np.where(told.with_zero[at], "low", "high")
     return pd.DataFrame(best)
@@ -241,23 +241,23 @@ def _best_groups(levels: csc_matrix, groups: _Groups, codes: np.ndarray, folds: 
 
 @dataclass(frozen=True)
 class _Told:
-    """What columns say of the groups' cells, (columns, groups) each, `size` (groups,)."""
+    """Cells that columns name as a group's (`named`), and rightly so (`hits`), (columns, groups); `size` (groups,)."""
 
     hits: np.ndarray
-    said: np.ndarray
+    named: np.ndarray
     with_zero: np.ndarray
     size: np.ndarray
     n: float
 
     @property
     def phi(self) -> np.ndarray:
-        return _phi(self.hits, self.said, self.size, self.n)
+        return _phi(self.hits, self.named, self.size, self.n)
 
 
-def _phi(hits: np.ndarray, said: np.ndarray, size: np.ndarray, n: float) -> np.ndarray:
-    """Matthews correlation where `said` of n cells are named and `hits` of them are among the group's `size`."""
-    spread = np.sqrt(np.maximum(said * (n - said), 0) * np.maximum(size * (n - size), 0))
-    return np.divide(hits * n - said * size, spread, out=np.zeros(np.shape(spread)), where=spread > 0)
+def _phi(hits: np.ndarray, named: np.ndarray, size: np.ndarray, n: float) -> np.ndarray:
+    """Matthews correlation where `named` of n cells are named and `hits` of them are among the group's `size`."""
+    spread = np.sqrt(np.maximum(named * (n - named), 0) * np.maximum(size * (n - size), 0))
+    return np.divide(hits * n - named * size, spread, out=np.zeros(np.shape(spread)), where=spread > 0)
 
 
 def _told(
@@ -296,7 +296,7 @@ def _cross_fitted(table: np.ndarray, member: np.ndarray, cells: np.ndarray) -> _
     """
     inside, every = table @ member, table.sum(axis=3)[..., None]
     sizes, totals = cells @ member, cells.sum(axis=1)
-    hits, said, with_zero = 0.0, 0.0, True
+    hits, named, with_zero = 0.0, 0.0, True
     for fit, test in ((0, 1), (1, 0)):
         share = np.divide(inside[fit], every[fit], out=np.full_like(inside[fit], -1), where=every[fit] > 0)
         order = np.argsort(-share, axis=1, kind="stable")
@@ -306,9 +306,9 @@ def _cross_fitted(table: np.ndarray, member: np.ndarray, cells: np.ndarray) -> _
 
         chosen = _phi(first(inside[fit]), first(every[fit]), sizes[fit], totals[fit]).argmax(axis=1)[:, None]
         hits = hits + np.take_along_axis(first(inside[test]), chosen, axis=1)[:, 0]
-        said = said + np.take_along_axis(first(every[test]), chosen, axis=1)[:, 0]
+        named = named + np.take_along_axis(first(every[test]), chosen, axis=1)[:, 0]
         with_zero = with_zero & (np.argmin(order, axis=1) <= chosen[:, 0])
-    return _Told(hits, said, with_zero, sizes.sum(axis=0), float(totals.sum()))
+    return _Told(hits, named, with_zero, sizes.sum(axis=0), float(totals.sum()))
 
 
 def _within_batch(
@@ -350,10 +350,10 @@ def _whole_embedding(
         weights = np.linalg.solve(gram, x[fit].T @ (true[fit] - true[fit].mean(axis=0)) / fit.sum())
         scores = x[test] @ weights + true[fit].mean(axis=0)
         told[np.flatnonzero(test), scores.argmax(axis=1)] = 1
-    hits, said, size = (told * true).sum(axis=0), told.sum(axis=0), true.sum(axis=0)
+    hits, named, size = (told * true).sum(axis=0), told.sum(axis=0), true.sum(axis=0)
     middle = {
-        "phi": np.median(_phi(hits, said, size, len(true))),
-        "precision": np.median(hits / np.maximum(said, 1)),
+        "phi": np.median(_phi(hits, named, size, len(true))),
+        "precision": np.median(hits / np.maximum(named, 1)),
         "recall": np.median(hits / size),
     }
     return {"column": f"obsm:{key}", "tells": "half of all conditions", "by": "value", **middle}

@@ -189,7 +189,7 @@ def confounding(prepared: Prepared, *, n_permutations: int = 499, seed: int = 0)
         raise ValueError(f"conditions: expected two or more with training cells, got {list(labels)}")
     rng = np.random.default_rng(seed)
     folds = rng.permutation(len(rows)) % N_FOLDS
-    forth = back = None
+    by_batch = of_batch = None
     n_batches = n_shared = n_confined = 0
     if prepared.cells.batch is not None:
         names, batch = np.unique(prepared.cells.batch[rows], return_inverse=True)
@@ -198,12 +198,12 @@ def confounding(prepared: Prepared, *, n_permutations: int = 499, seed: int = 0)
         n_batches, n_shared = len(names), int(((table > 0).sum(axis=1) > 1).sum())
         if n_batches > 1:
             n_confined = int((((table > 0).sum(axis=0) == 1) & (table.sum(axis=0) > 1)).sum())
-            forth = _guess(batch, conditions, folds, n_permutations, rng)
-            back = _guess(conditions, batch, folds, n_permutations, rng)
+            by_batch = _guess(batch, conditions, folds, n_permutations, rng)
+            of_batch = _guess(conditions, batch, folds, n_permutations, rng)
     depth = _depth_bins(prepared.cells.totals[rows], np.diff(prepared.cells.counts.indptr)[rows], len(labels))
     return Confounding(
-        condition_from_batch=forth,
-        batch_from_condition=back,
+        condition_from_batch=by_batch,
+        batch_from_condition=of_batch,
         condition_from_depth=_guess(depth, conditions, folds, n_permutations, rng),
         n_conditions=len(labels),
         n_batches=n_batches,

@@ -76,7 +76,7 @@ def evaluate(
         of `metrics.per_query`, n_candidates, n_relevant (candidates of relevance 1 or 2), top10 (joined by
         `|`). Where the screen has batches, for single cells, batch_n_candidates, the number of candidates with
         library cells in the query's batch, and batch_hit@1, the chance that the true condition is first among
-        them; both NaN where they are fewer than two or the true condition is none of them.
+        them; both NaN where they are fewer than two or the true condition is not one of them.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def evaluate(
         The encoder was fitted on other data, or under another split, mask or gene panel.
     ValueError
         An unknown name, no cells in a role, no scoring that the encoder has, or, for a classifier, candidates
-        that are none of its classes.
+        that it has no class for.
     """
     encoder.context.check(prepared.context, ablation)
     names = candidate_names(prepared, candidates)
@@ -273,19 +273,24 @@ def null_control(
             detectable_leak(top, true, queries.batch, alpha=alpha, n_permutations=n_permutations)
             for top in tops
         ]
-    labels, own = np.unique(queries.conditions, return_inverse=True)
+    return pd.DataFrame(table | _null_metrics(readouts, list(column), shuffles))
+
+
+def _null_metrics(readouts: list[Scored], names: list[str], shuffles: dict) -> dict[str, list | np.ndarray]:
+    """Columns of the metrics that are `controlled`: mean, luck and p-value of each read-out."""
+    queries, table = readouts[0].queries, {}
+    labels, true = np.unique(queries.conditions, return_inverse=True)
     for name in metric_columns("controlled"):
-        values = [
-            metric_by_label(name, readout.scores, relevance(labels, list(column))) for readout in readouts
-        ]
-        if any(np.isnan(each).any() for each in values):
+        levels = relevance(labels, names)
+        values = [metric_by_label(name, readout.scores, levels) for readout in readouts]
+        if np.isnan(values).any():
             raise ValueError(f"null control: expected numbers from metric {name!r}, got NaN")
         sign = 1 if find_metric(name).better == "higher" else -1
-        table[name] = [each[np.arange(len(own)), own].mean() for each in values]
-        table[f"{name}_luck"] = [luck(each, own, queries.batch) for each in values]
+        table[name] = [each[np.arange(len(true)), true].mean() for each in values]
+        table[f"{name}_luck"] = [luck(each, true, queries.batch) for each in values]
         signed = [sign * each for each in values]
-        table[f"{name}_p_value"] = luck_p_values(signed, own, queries.batch, **shuffles)
-    return pd.DataFrame(table)
+        table[f"{name}_p_value"] = luck_p_values(signed, true, queries.batch, **shuffles)
+    return table
 
 
 def _conditions_by_batch(prepared: Prepared, candidates: str) -> dict[str, np.ndarray]:

@@ -66,10 +66,6 @@ def luck(top: np.ndarray, true: np.ndarray, batch: np.ndarray | None = None) -> 
     true : ndarray of int, shape (q,)
         Column of each query's condition, -1 when it is not among the candidates.
     batch : ndarray of str, shape (q,), optional
-
-    Returns
-    -------
-    float
     """
     hits = 0.0
     for rows in _strata([] if batch is None else [batch], len(true)):

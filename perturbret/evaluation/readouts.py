@@ -74,7 +74,7 @@ def choose_readout(
     validation : pandas.DataFrame
         From `read_validation`, of one seed or of several put together.
     n_errors : float
-        How many standard errors are no difference; 0: the best, whatever it takes.
+        Differences of up to this many standard errors do not count; 0: always the best.
     n_resamples : int
         How often conditions are drawn anew, with all their cells in all seeds, for the stability.
     seed : int

@@ -9,7 +9,7 @@ import numpy as np
 LIBRARY_KINDS = ("mean", "bootstrap", "raw_cell")
 LIBRARY_SCORINGS = ("cosine", "whitened")
 # Scores are computed to about 7 digits (float32) and kept to this many of the largest: noise must not break
-# ties that are there in truth, or a collapsed encoder would be ranked by rounding errors and not score
+# real ties, or a collapsed encoder would be ranked by rounding errors and not score
 # chance. `perturbret.evaluation.metrics` takes two scores for tied when they are equal to 9 decimals, so ties made here
 # are ties there.
 RESOLUTION = 1e-6
@@ -78,10 +78,6 @@ def build_library(
     seed : int
         Of the bootstrap library. The draws of a condition depend on its name and on the order of its cells,
         not on the other conditions.
-
-    Returns
-    -------
-    Library
 
     Raises
     ------
@@ -193,44 +189,20 @@ def match(queries: np.ndarray, prototypes: np.ndarray, starts: np.ndarray) -> np
 
 
 def score_library(
-    embeddings: np.ndarray,
-    library: Library,
-    *,
-    scoring: str = "cosine",
-    whiten: tuple[np.ndarray, np.ndarray] | None = None,
+    embeddings: np.ndarray, library: Library, whiten: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Scores of query embeddings against a library.
+    """Scores (q, c) of query embeddings (q, d) against a library; columns in the order of `library.candidates`.
 
-    Parameters
-    ----------
-    embeddings : ndarray, shape (q, d)
-    library : Library
-    scoring : {'cosine', 'whitened'}
-    whiten : (mean, W)
-        From `perturbret.evaluation.whitening.whitener`; needed for `whitened`, unused for `cosine`.
-
-    Returns
-    -------
-    ndarray, shape (q, c)
-        Columns in the order of `library.candidates`.
-
-    Raises
-    ------
-    ValueError
-        Unknown scoring, no `whiten` for `whitened`, or dimensions differ.
+    By cosine, or by whitened cosine with `whiten`, the (mean, W) of `perturbret.evaluation.whitening.whitener`.
+    ValueError where dimensions differ.
     """
-    if scoring not in LIBRARY_SCORINGS:
-        raise ValueError(f"scoring: expected one of {', '.join(LIBRARY_SCORINGS)}, got {scoring!r}")
-    if scoring == "whitened" and whiten is None:
-        raise ValueError("whiten: scoring 'whitened' expects (mean, W) from whitener(), got None")
     embeddings = np.asarray(embeddings)
     if embeddings.ndim != 2 or embeddings.shape[1] != library.prototypes.shape[1]:
         raise ValueError(
             f"embeddings: expected queries x {library.prototypes.shape[1]} dimensions as in the library, got "
             f"shape {embeddings.shape}"
         )
-    space = whiten if scoring == "whitened" else None
-    return match(directions(embeddings, space), directions(library.prototypes, space), library.starts)
+    return match(directions(embeddings, whiten), directions(library.prototypes, whiten), library.starts)
 
 
 def class_scores(
@@ -256,7 +228,7 @@ def class_scores(
     Raises
     ------
     ValueError
-        A candidate is none of the classifier's classes: it has no score.
+        The classifier has no class, and so no score, for a candidate.
     """
     column = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in candidates if name not in column]

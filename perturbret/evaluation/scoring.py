@@ -50,14 +50,6 @@ class Queries:
     size: int
     batch: np.ndarray | None = None
 
-    def __post_init__(self):
-        expected = (len(self.ids), self.size)
-        if self.members.shape != expected or len(self.conditions) != len(self.ids):
-            raise ValueError(
-                f"members: expected shape {expected} and as many conditions, got {self.members.shape} and "
-                f"{len(self.conditions)}"
-            )
-
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -61,31 +61,7 @@ class Repeated:
     n_clusters: int
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How often intervals of `cluster_bootstrap` held the truth on simulated retrieval screens.
-
-    Attributes
-    ----------
-    nominal : float
-        Level of the intervals.
-    measured, lowest, highest : float
-        Share that held it: mean over populations of conditions, metrics and estimates, and the extremes among these.
-    n_repeats : int
-        Screens behind each of these shares.
-    n_conditions : int
-        Of those screens: not above the number that was asked for, where so few were simulated.
-    """
-
-    nominal: float
-    measured: float
-    lowest: float
-    highest: float
-    n_repeats: int
-    n_conditions: int
-
-
-def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) -> Coverage:
+def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) -> pd.Series:
     """Coverage of the 95% intervals for a number of conditions, as benchmarks/coverage.py measured it.
 
     Parameters
@@ -98,12 +74,15 @@ def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) 
 
     Returns
     -------
-    Coverage
+    pandas.Series
+        `nominal`, the level; `measured`, the share of simulated screens whose interval held the truth, with `lowest`
+        and `highest` over populations of conditions, metrics and estimates; `n_repeats`, the screens behind each of
+        these; `n_conditions`, of those screens.
 
     Raises
     ------
     ValueError
-        `average` is another, or there are fewer than two conditions, where there are no intervals.
+        `average` is another word, or there are fewer than two conditions, where there are no intervals.
     """
     if average not in AVERAGES:
         raise ValueError(f"average: expected one of {AVERAGES}, got {average!r}")
@@ -111,9 +90,7 @@ def measured_coverage(n_conditions: int, average: str, *, paired: bool = False) 
         raise ValueError(f"n_conditions: expected at least 2, got {n_conditions}")
     table = pd.read_csv(RESOURCES / "coverage.csv")
     table = table[(table["average"] == average) & (table["paired"] == paired)].sort_values("n_conditions")
-    row = table.iloc[max(int((table["n_conditions"] <= n_conditions).sum()) - 1, 0)]
-    shares = (float(row[name]) for name in ("nominal", "measured", "lowest", "highest"))
-    return Coverage(*shares, int(row["n_repeats"]), int(row["n_conditions"]))
+    return table.iloc[max(int((table["n_conditions"] <= n_conditions).sum()) - 1, 0)]
 
 
 def cluster_bootstrap(
@@ -156,10 +133,6 @@ def cluster_bootstrap(
         that never showed another value (Clopper & Pearson 1934; (sum n_i)^2 / sum n_i^2 clusters).
     seed : int
         The same seed and clusters give the same resamples, whatever the values.
-
-    Returns
-    -------
-    Estimates
 
     Raises
     ------
@@ -230,10 +203,6 @@ def repeated_mean(
         Condition of each query.
     average, n_resamples, level, bounds, seed
         As for `cluster_bootstrap`.
-
-    Returns
-    -------
-    Repeated
 
     Raises
     ------
@@ -441,7 +410,7 @@ def _cluster_sums(values: np.ndarray, clusters: Sequence, average: str) -> tuple
 
 
 def _jackknife(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
-    """Variance of the averages (m,), and the degrees of freedom if all cluster means vary alike."""
+    """Variance of the averages (m,), and the degrees of freedom if all cluster means have the same variance."""
     n = len(sizes)
     without = (sums.sum(axis=0) - sums) / (sizes.sum() - sizes)[:, None]
     variance = (n - 1) / n * np.sum((without - without.mean(axis=0)) ** 2, axis=0)
