@@ -372,7 +372,7 @@ def test_save_and_load_are_exact(screen, tmp_path):
 
 def test_load_refuses_another_format(tmp_path):
     (tmp_path / "encoder.json").write_text('{"format": "linear"}')
-    with pytest.raises(ValueError, match="expected format 'bayes', got 'linear'"):
+    with pytest.raises(ValueError, match="expected format 'encoders.bayes', got 'linear'"):
         load(tmp_path)
 
 

@@ -188,14 +188,13 @@ def test_formats_are_told_apart(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="expected a saved encoder, found no encoder.json"):
         load_encoder(tmp_path)
     path = tmp_path / "null_encoder" / "encoder.json"
-    path.write_text(json.dumps({"format": "bayes"}))
-    monkeypatch.setattr(bayes, "load_bayes", lambda directory: directory)
+    path.write_text(json.dumps({"format": "encoders.bayes"}))
+    monkeypatch.setattr(bayes, "load", lambda directory, cache: directory)
     assert load_encoder(tmp_path, "null_encoder") == tmp_path / "null_encoder"
-    path.write_text(json.dumps({"format": "torch"}))
-    with pytest.raises(
-        ValueError, match="expected format 'layers', 'average', 'bayes' or 'scgpt', got 'torch'"
-    ):
-        load_encoder(tmp_path, "null_encoder")
+    for form in ("torch", "os.path", "encoders.gone", "..encoders.bayes", None):
+        path.write_text(json.dumps({"format": form}))
+        with pytest.raises(ValueError, match="expected format 'layers', 'average' or a module of perturbret"):
+            load_encoder(tmp_path, "null_encoder")
 
 
 def test_shapes_that_cannot_be_are_named():
@@ -218,7 +217,9 @@ def test_nothing_but_a_step_of_this_package_is_made_from_a_file(tmp_path):
     ):
         saved["layers"][0] |= {"module": module, "name": name}
         path.write_text(json.dumps(saved))
-        with pytest.raises(ValueError, match=f"layers: expected steps of perturbret, got {module}.{name}"):
+        with pytest.raises(
+            ValueError, match=f"layers: expected steps of perturbret.encoders, got {module}.{name}"
+        ):
             load_encoder(tmp_path)
 
 

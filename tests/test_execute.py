@@ -138,7 +138,7 @@ def test_the_callers_environment_changes_no_page(toy, tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     notebook = toy(
-        "from perturbret import figures\nfigure, (axis,) = figures.new_figure()\naxis.set_title('$5 and <b> $')",
+        "from perturbret.report import figures\nfigure, (axis,) = figures.new_figure()\naxis.set_title('$5 and <b> $')",
         "import matplotlib\nmatplotlib.rcParams['lines.linewidth']",
         "assert not fail",
     )

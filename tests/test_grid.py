@@ -176,7 +176,7 @@ def test_what_is_wrong_is_named(grid, text, recipes, error, said):
         grid(text, recipes)
 
 
-@pytest.mark.parametrize(("name", "runs"), [("norman_subset", 108), ("thp1", 111), ("simulated", 116)])
+@pytest.mark.parametrize(("name", "runs"), [("norman_subset", 105), ("thp1", 108), ("simulated", 113)])
 def test_the_default_grid_fits_the_notebooks(name, runs):
     found = load_grid(ROOT / "params" / "ablation.yaml", load_registry()[name])
     assert len(found.runs) == runs

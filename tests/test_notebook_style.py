@@ -148,7 +148,12 @@ def grids():
 
 
 # Recipes that take too long for a grid of this project.
-IN_NO_GRID = {"runs": [{"notebook": "03_baselines", "recipes": ["boosted_trees"]}]}
+IN_NO_GRID = {
+    "runs": [
+        {"notebook": "03_baselines", "recipes": ["boosted_trees"]},
+        {"notebook": "04_finetune", "recipes": ["scgpt_full_x3", "scgpt_lora_head_random"]},
+    ]
+}
 
 
 def test_each_key_of_a_recipe_is_a_parameter_of_the_notebook_that_gets_it():

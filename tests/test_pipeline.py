@@ -67,7 +67,9 @@ def test_changed_evaluation_code_judges_validation_cells_again_and_fits_nothing(
     no_fit()
     fit_run(copied)
     assert (copied.directory / "validation.csv").read_text() == "stale"
-    monkeypatch.setattr(pipeline, "_code", lambda module: "new" if module == "evaluate" else code(module))
+    monkeypatch.setattr(
+        pipeline, "_code", lambda *starts: "new" if starts == pipeline._VALIDATION else code(*starts)
+    )
     fit_run(copied)
     assert (copied.directory / "validation.csv").read_text() == table
     assert copied.manifest["fit"]["validation_code"] == "new"

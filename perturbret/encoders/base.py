@@ -1,6 +1,6 @@
 """Encoders: from masked cells to embeddings and, where there is a head, to log-probabilities of conditions."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -14,6 +14,7 @@ from scipy.special import log_softmax, logsumexp
 
 from ..data.prepared import Cells, Context
 from ..files.atomic import replacing
+from ..files.places import PACKAGE
 
 _PACKAGE = __package__.partition(".")[0]
 NAMES = ("constant", "log1p", "log1p_depth", "counts", "depth", "batch", "obsm:<key>")
@@ -349,7 +350,8 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cac
         members = tuple(load_encoder(directory, f"member{i}") for i in range(saved["n_members"]))
         return Average(saved["kind"], saved["settings"], members)
     # A family of its own names its module, whose `load` reads it: of this package, whatever a file says.
-    if not re.fullmatch(r"[a-z_]+\.[a-z_]+", form) or importlib.util.find_spec(f"{_PACKAGE}.{form}") is None:
+    named = re.fullmatch(r"([a-z_]+)\.([a-z_]+)", form)
+    if not named or not (PACKAGE / named[1] / f"{named[2]}.py").is_file():
         raise ValueError(
             f"{path}: expected format 'layers', 'average' or a module of {_PACKAGE}, got {saved.get('format')!r}"
         )
