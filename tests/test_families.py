@@ -55,6 +55,9 @@ def test_each_mode_is_fitted_proved_and_reloaded(tiny_prepared, tmp_path, regist
     np.testing.assert_array_equal(loaded.embed(cells), load_encoder(tmp_path).embed(cells))
     np.testing.assert_allclose(loaded.embed(cells), fitted.encoder.embed(cells), atol=1e-5)
     assert loaded.kind == "toy_mlp" and loaded.backbone.origin == {"init": "random"}
+    NETWORKS.pop("toy_mlp")
+    with pytest.raises(ValueError, match="expected an encoder of scgpt, got 'toy_mlp'"):
+        load_encoder(tmp_path)
 
 
 def test_a_run_is_fitted_judged_and_compared_as_a_network(tmp_path, registered):

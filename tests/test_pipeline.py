@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_no_state(
     # Other code does not go on from it.
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_code", lambda module: "0" * 64)
+        patch.setattr(pipeline, "_code", lambda *starts: "0" * 64)
         stop_before_the_twin(patch)
         with pytest.raises(ZeroDivisionError):
             fit_run(run)

@@ -157,11 +157,13 @@ def load(directory: str | os.PathLike, *, cache: Path | None = None) -> TunedEnc
     Raises
     ------
     ValueError
-        A file lacks a tensor, or has one that the settings do not call for.
+        The family is unknown; a file lacks a tensor, or has one that the settings do not call for.
     """
     directory = Path(directory)
     saved = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
-    family = NETWORKS[saved["kind"]]
+    family = NETWORKS.get(saved["kind"])
+    if family is None:
+        raise ValueError(f"{directory}: expected an encoder of {', '.join(NETWORKS)}, got {saved['kind']!r}")
     options = family.settings.read(saved["options"])
     weights = load_file(directory / "network.safetensors")
     backbone = family.backbone.load(saved["backbone"], weights, directory)
