@@ -1,6 +1,5 @@
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -9,9 +8,7 @@ from hypothesis import strategies as st
 from perturbret.data.conditions import (
     CTRL,
     canonical_condition,
-    canonical_conditions,
     control_names,
-    shared_targets,
     targets,
 )
 
@@ -89,37 +86,8 @@ def test_canonical_names_stay_as_they_are(genes, delimiter):
     assert targets(name) == tuple(sorted(set(genes)))
 
 
-@pytest.mark.parametrize("kind", [list, np.array, pd.Series, pd.Categorical])
-def test_many_labels_and_what_was_merged(kind):
-    raw = kind(["A+ctrl", "ctrl+A", "B+A", "A+B", "C", "ctrl", "A+ctrl"])
-    names, merged = canonical_conditions(raw, control_label="ctrl")
-    assert names.tolist() == ["A", "A", "A+B", "A+B", "C", "ctrl", "A"]
-    assert names.dtype.kind == "U"
-    assert merged.to_dict("list") == {
-        "raw": ["A+ctrl", "ctrl+A", "A+B", "B+A"],
-        "condition": ["A", "A", "A+B", "A+B"],
-        "n_cells": [2, 1, 1, 1],
-    }
-
-
-def test_nothing_merged_gives_an_empty_table():
-    names, merged = canonical_conditions(["A", "ctrl", "A"], control_label="ctrl")
-    assert names.tolist() == ["A", "ctrl", "A"]
-    assert merged.empty and list(merged.columns) == ["raw", "condition", "n_cells"]
-
-
-def test_missing_labels_are_counted():
-    with pytest.raises(ValueError, match=r"each of 4 cells, 2 have none \(first at position 1\)"):
-        canonical_conditions(["A", None, "B", float("nan")], control_label="ctrl")
-
-
-def test_targets_and_shared_targets():
-    assert targets(CTRL) == ()
-    assert targets("A+B") == ("A", "B")
-    assert shared_targets("A+B", "B") and shared_targets("A+B", "B+C") and shared_targets("A", "A")
-    assert (
-        not shared_targets("A+B", "AB") and not shared_targets(CTRL, CTRL) and not shared_targets("A", CTRL)
-    )
+def test_targets():
+    assert targets(CTRL) == () and targets("A+B") == ("A", "B") and targets("AB") == ("AB",)
 
 
 def test_several_names_of_controls():

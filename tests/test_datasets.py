@@ -13,7 +13,8 @@ from perturbret.data import datasets
 from perturbret.data.annotations import ScreenError
 from perturbret.data.conditions import CTRL
 from perturbret.data.counts import CountsError
-from perturbret.data.datasets import load_screen, resolve_dataset, screen_from_anndata
+from perturbret.data.datasets import ingest, load_screen, resolve_dataset
+from perturbret.data.h5ad import from_anndata
 from perturbret.data.sources import DataNotFound, EntryError, UnknownDataset, load_registry, make_entry
 from perturbret.files.atomic import DiskFull
 from perturbret.files.downloads import ChecksumError
@@ -26,7 +27,7 @@ def entry(**keys):
 
 
 def loaded(adata, **keys):
-    return screen_from_anndata(adata, entry(**keys))
+    return ingest(from_anndata(adata), entry(**keys))
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from scipy.sparse import csr_matrix
 from perturbret.data.annotations import ScreenError
 from perturbret.data.conditions import CTRL
 from perturbret.data.counts import CountsError
-from perturbret.data.datasets import screen_from_anndata
+from perturbret.data.datasets import ingest
 from perturbret.data.genes import SymbolResolver
+from perturbret.data.h5ad import from_anndata
 from perturbret.data.masking import mask_counts
 from perturbret.data.sources import make_entry
 from perturbret.report import audit
@@ -39,7 +40,7 @@ def planted(labels=None, columns=None, extra=(), ctrl="ctrl"):
 
 def loaded(adata, **keys):
     content = {"name": "toy", "path": "toy.h5ad", "condition_key": "condition", "control_label": "ctrl"}
-    return screen_from_anndata(adata, make_entry(content | keys))
+    return ingest(from_anndata(adata), make_entry(content | keys))
 
 
 def telling(screen):

@@ -12,6 +12,9 @@ from perturbret.alignment.reference_cells import load_references, read_reference
 from perturbret.data.sources import DataNotFound, EntryError
 from perturbret.files.downloads import ChecksumError
 
+SHA = "0" * 64
+ENTRY = f"name: a, file: f, sha256: '{SHA}', source: o"
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -66,12 +69,13 @@ def test_another_file_of_the_name_is_refused(here):
     ("text", "said"),
     [
         ("a: 1", "expected a list of entries, got dict"),
-        ("- 5", "entry 1: expected keys with values, got 5"),
-        ("- {name: a, file: f, sha256: s}", "entry 1: expected the keys source"),
-        ("- {name: a, file: f, sha256: s, source: o, license: x}", "unknown key 'license'.*licence"),
-        ("- {name: a, file: f, sha256: s, source: o, perturbation_screen: 1}", "expected bool, got 1"),
-        ("- {name: a, file: f, sha256: 12, source: o}", "sha256: expected str, got 12"),
-        ("- &a {name: a, file: f, sha256: s, source: o}\n- *a", "name 'a' is given twice"),
+        ("- 5", "number 1: expected a mapping of keys to values, got int"),
+        (f"- {{name: a, file: f, sha256: '{SHA}'}}", "number 1: entry 'a': missing key 'source'"),
+        (f"- {{{ENTRY}, license: x}}", "entry 'a': unknown key 'license'.*licence"),
+        (f"- {{{ENTRY}, perturbation_screen: 1}}", "perturbation_screen: expected true or false, got 1"),
+        (f"- {{{ENTRY}, matrix: 12}}", 'matrix: expected text, got 12; put quotes around it: matrix: "12"'),
+        ("- {name: a, file: f, sha256: s, source: o}", "sha256: expected 64 hexadecimal digits, got 's'"),
+        (f"- &a {{{ENTRY}}}\n- *a", "two entries are named 'a'"),
     ],
 )
 def test_a_malformed_file_is_refused(tmp_path, text, said):

@@ -1,12 +1,25 @@
 """Datasets of unperturbed cells to align with or to pretrain on: params/references.yaml -> counts in chunks."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from ..data.sources import DataNotFound, EntryError, data_directory, default_registry, read_yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ..data.sources import (
+    DataNotFound,
+    EntryError,
+    Sha256,
+    Text,
+    checked_entry,
+    data_directory,
+    default_registry,
+    local_places,
+    read_registry,
+)
 from ..files.downloads import expect_sha256
 from ..files.names import nearest
 from .chunks import ChunkedCounts, chunked_h5ad
@@ -33,16 +46,16 @@ class Reference:
     """
 
     name: str
-    file: str
-    sha256: str
-    source: str
-    citation: str = "see source"
-    licence: str = "see source"
-    matrix: str = "X"
-    symbol_key: str | None = None
-    ensembl_key: str | None = None
-    total_key: str | None = None
-    perturbation_screen: bool = False
+    file: Text
+    sha256: Sha256
+    source: Text
+    citation: Text = "see source"
+    licence: Text = "see source"
+    matrix: Text = "X"
+    symbol_key: Text = None
+    ensembl_key: Text = None
+    total_key: Text = None
+    perturbation_screen: Annotated[bool, Field(strict=True, description="true or false")] = False
 
 
 def read_references(path: str | os.PathLike = "") -> dict[str, Reference]:
@@ -58,21 +71,10 @@ def read_references(path: str | os.PathLike = "") -> dict[str, Reference]:
     FileNotFoundError
         There is no such file.
     EntryError
-        It is no list of entries, a key is unknown or missing, a value is of another type, a name comes twice.
+        As `perturbret.data.sources.read_registry`; a malformed entry.
     """
     file = Path(path).expanduser() if os.fspath(path) else default_registry("references.yaml")
-    if not file.is_file():
-        raise FileNotFoundError(f"references: expected a YAML file at {file}, found none")
-    content = read_yaml(file)
-    if not isinstance(content, list) or not content:
-        raise EntryError(f"{file}: expected a list of entries, got {type(content).__name__}")
-    entries: dict[str, Reference] = {}
-    for number, values in enumerate(content, start=1):
-        entry = _entry(values, f"{file.name}: entry {number}")
-        if entry.name in entries:
-            raise EntryError(f"{file.name}: entry {number}: name {entry.name!r} is given twice")
-        entries[entry.name] = entry
-    return entries
+    return read_registry(file, partial(checked_entry, Reference))
 
 
 def load_references(
@@ -116,15 +118,14 @@ def load_references(
         for entry in entries.values()
         if (entry.name in names if names else perturbation_screens or not entry.perturbation_screen)
     ]
-    folder = data_directory()
     found = []
     for entry in chosen:
-        file = (folder or Path()) / Path(entry.file).expanduser()
-        if not file.is_absolute() or not file.is_file():
+        file = next((place for place in local_places(entry.file) if place.is_file()), None)
+        if file is None:
             if required:
                 raise DataNotFound(
-                    f"reference {entry.name}: expected {entry.file} in PERTURBRET_DATA ({folder}), found none; "
-                    f"it is from {entry.source}"
+                    f"reference {entry.name}: expected {entry.file} in PERTURBRET_DATA ({data_directory()}), found "
+                    f"none; it is from {entry.source}"
                 )
             continue
         expect_sha256(file, entry.sha256, f"reference {entry.name}: sha256")
@@ -139,19 +140,3 @@ def load_references(
             )
         )
     return found
-
-
-def _entry(values: Any, where: str) -> Reference:
-    if not isinstance(values, Mapping):
-        raise EntryError(f"{where}: expected keys with values, got {values!r}")
-    known = [item.name for item in fields(Reference)]
-    for key, value in values.items():
-        if key not in known:
-            raise EntryError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
-        kind = bool if key == "perturbation_screen" else str
-        if not isinstance(value, kind):
-            raise EntryError(f"{where}: {key}: expected {kind.__name__}, got {value!r}")
-    missing = [key for key in ("name", "file", "sha256", "source") if not values.get(key)]
-    if missing:
-        raise EntryError(f"{where}: expected the keys {', '.join(missing)}")
-    return Reference(**values)

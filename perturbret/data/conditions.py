@@ -78,61 +78,9 @@ def canonical_condition(
     return JOIN.join(sorted(genes)) or CTRL
 
 
-def canonical_conditions(
-    labels: Sequence, *, control_label: str | Sequence[str] | None, delimiter: str | None = JOIN
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Canonical names of many labels, and what was merged on the way.
-
-    Parameters
-    ----------
-    labels : Series, array or list, length n
-    control_label, delimiter
-        As for `canonical_condition`.
-
-    Returns
-    -------
-    conditions : ndarray of str, shape (n,)
-    merged : DataFrame
-        Columns `raw`, `condition`, `n_cells`; one row per raw label that shares its condition with another
-        raw label, ordered by condition and label. Empty when nothing was merged.
-
-    Raises
-    ------
-    ValueError
-        As `canonical_condition`; missing labels are named with their number and the first one's position.
-    """
-    codes, raw = pd.factorize(np.asarray(labels, dtype=object), use_na_sentinel=True)
-    missing = np.flatnonzero(codes < 0)
-    if len(missing):
-        raise ValueError(
-            f"condition: expected a label for each of {len(codes)} cells, {len(missing)} have none "
-            f"(first at position {missing[0]})"
-        )
-    names = np.array(
-        [canonical_condition(label, control_label=control_label, delimiter=delimiter) for label in raw],
-        dtype=str,
-    )
-    table = pd.DataFrame(
-        {
-            "raw": [str(label) for label in raw],
-            "condition": names.astype(object),
-            "n_cells": np.bincount(codes, minlength=len(raw)),
-        }
-    )
-    merged = table[table["condition"].duplicated(keep=False)].sort_values(
-        ["condition", "raw"], ignore_index=True
-    )
-    return names[codes], merged
-
-
 def targets(condition: str) -> tuple[str, ...]:
     """Perturbed genes of a canonical `condition`, in name order; none for controls."""
     return () if condition == CTRL else tuple(condition.split(JOIN))
-
-
-def shared_targets(a: str, b: str) -> bool:
-    """Whether two canonical conditions perturb a common gene. Controls share nothing."""
-    return not set(targets(a)).isdisjoint(targets(b))
 
 
 def control_names(control_label: str | Sequence[str] | None) -> tuple[str, ...]:

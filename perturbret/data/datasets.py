@@ -16,7 +16,7 @@ from .annotations import GeneColumns, LabelRules, ScreenError, read_cells, read_
 from .conditions import CTRL, JOIN, canonical_condition, control_names, targets
 from .counts import CountsError, check_counts, recover, scaled_counts
 from .genes import SymbolResolver, known_as
-from .h5ad import Source, from_anndata, open_source, read_rows
+from .h5ad import Source, open_source, read_rows
 from .screen import Screen
 from .sources import (
     DataNotFound,
@@ -476,11 +476,6 @@ def load_screen(dataset: str | Entry = "auto", *, registry: str | Path | None = 
     with open_source(path, modality=entry.modality) as source:
         _expect_readable(source, entry, path)
         return ingest(source, entry, file=path)
-
-
-def screen_from_anndata(adata: Any, entry: Entry) -> Screen:
-    """A screen from an AnnData object, in memory or backed; otherwise as `load_screen`."""
-    return ingest(from_anndata(adata), entry)
 
 
 def _expect_readable(source: Source, entry: Entry, path: Path) -> None:

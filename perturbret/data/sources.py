@@ -8,13 +8,16 @@ import importlib.util
 import os
 import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from ..files.atomic import disk_full, replacing, reporting_full, write_json
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ..files.atomic import disk_full, replacing, reporting_full
 from ..files.downloads import (
     ChecksumError,
     download,
@@ -23,125 +26,249 @@ from ..files.downloads import (
     read_record,
     record_path,
     sha256_of,
+    write_record,
 )
 from ..files.names import nearest
 from ..files.places import CHECKOUT, RESOURCES
 
-_TEXT_KEYS = (
-    "path url sha256 archive_member package_file condition_key batch_key guide_key total_key "
-    "counts_layer modality combo_delimiter duplicate_genes gene_symbol_key gene_symbol_pattern citation license"
-).split()
-_NAME_LISTS = ("drop_labels", "keep_columns", "drop_columns")
-_NULLABLE = {"control_label", "combo_delimiter"}
-_SOURCES = {"file": ("path", "url"), "package_file": ("package_file",), "simulate": ("simulate",)}
+_Kind = TypeVar("_Kind")
 
 
 class EntryError(ValueError):
-    """A dataset entry that cannot be used as it is written."""
+    """An entry that cannot be used as it is written."""
 
 
 class UnknownDataset(ValueError):
     """No entry has the name that was asked for."""
 
 
+class DataNotFound(FileNotFoundError):
+    """A dataset's file is not on this machine and cannot be downloaded."""
+
+
+class CheckpointNotFound(FileNotFoundError):
+    """A checkpoint is not on this machine and cannot be downloaded."""
+
+
+# Types of an entry's values. A validator raises ValueError(what it expects, what else to say of the value).
+
+
+def _check_text(value: object, expected: str = "text", pattern: str = r".*\S.*") -> str | None:
+    if value is None or (isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL)):
+        return value
+    raise ValueError(expected, "; put quotes around it" if isinstance(value, bool | int | float) else "")
+
+
+def _text(expected: str, pattern: str) -> Any:
+    """Type of text that matches a pattern, or None."""
+    return Annotated[str | None, PlainValidator(lambda value: _check_text(value, expected, pattern))]
+
+
+def _check_names(value: object, expected: str = "") -> tuple[str, ...]:
+    """A list of names; numbers in it are taken as they are written."""
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(name, str | int | float) and not isinstance(name, bool) for name in value):
+            return tuple(map(str, value))
+    raise ValueError(f"{expected}a list of names, as [a, b]")
+
+
+def _check_genes(value: object) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(gene, str) and gene.strip() for gene in value):
+            return tuple(gene.strip() for gene in value)
+    raise ValueError("a list of gene symbols")
+
+
+def _check_map(value: object) -> dict[str, str] | str:
+    if value == "nearest":
+        return value
+    if isinstance(value, Mapping) and all(isinstance(v, str) and v.strip() for v in value.values()):
+        return {str(key).strip(): v.strip() for key, v in value.items()}
+    raise ValueError("a mapping of labels or targets to symbols, or 'nearest'")
+
+
+def _check_controls(value: object) -> tuple[str, ...] | str | None:
+    return _check_names(value) if isinstance(value, list | tuple) else _check_text(value)
+
+
+def _check_unmeasured(value: object) -> tuple[str, ...] | str:
+    return value if value == "accept" else _check_names(value, "'accept' or ")
+
+
+def _groups(pattern: str, expected: str) -> int:
+    """How many groups a regular expression has."""
+    try:
+        return re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(expected, f": {error}") from None
+
+
+def _check_strip(value: object) -> bool | str:
+    if not isinstance(value, bool | str):
+        raise ValueError("true, false or a regular expression")
+    if isinstance(value, str):
+        _groups(value, "a regular expression")
+    return value
+
+
+def _check_one_group(value: object) -> str:
+    expected = "a regular expression with one group (...)"
+    found = _groups(_check_text(value, expected), expected)
+    if found != 1:
+        raise ValueError(expected, f" with {found}")
+    return value
+
+
+Text = Annotated[str | None, PlainValidator(_check_text)]
+Sha256 = _text("64 hexadecimal digits", "[0-9a-fA-F]{64}")
+_Url = _text("http(s)://host/...", r"https?://[^/\s]+/.*")
+_Inside = _text("a relative path within the zip", r"(?!/)(?!(.*/)?\.\.(/|$))[^\\]+")
+_Folder = _text("package/folder", r"\w+/(?!(.*/)?\.\.(/|$)).+")
+_FileName = _text("the bare name of a file", r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_Names = Annotated[tuple[str, ...], PlainValidator(_check_names)]
+_Genes = Annotated[tuple[str, ...], PlainValidator(_check_genes)]
+_Controls = Annotated[str | tuple[str, ...] | None, PlainValidator(_check_controls)]
+_Unmeasured = Annotated[str | tuple[str, ...] | None, PlainValidator(_check_unmeasured)]
+_Strip = Annotated[bool | str, PlainValidator(_check_strip)]
+_OneGroup = Annotated[str | None, PlainValidator(_check_one_group)]
+_Mapping = Annotated[dict[Any, Any], Field(description="a mapping")]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One dataset, as its YAML entry describes it. Has one source: a file, a package's file, or `simulate`.
+    """One dataset, as its YAML entry describes it, checked; the top of `params/datasets.yaml` explains each key.
 
-    Attributes
-    ----------
-    name : str
-        Letters, digits, `_`, `-`, `.`; also the name of the output directory.
-    path : str or None
-        File name to look for. Absolute, beside the user's YAML file, or in PERTURBRET_DATA and the cache.
-    url, sha256 : str or None
-        Public address, and checksum of what it serves (of the zip, where `archive_member` is given).
-    archive_member : str or None
-        Path of the h5ad within a zip.
-    package_file : str or None
-        File that an installed package ships, as `package/folder/file`.
-    simulate : mapping or None
-        Arguments of `perturbret.data.simulate.simulate_screen`.
-    condition_key : str or None
-        Column of obs with the perturbation of each cell; required unless simulated.
-    control_label : str, tuple of str or None
-        What the source calls its controls; None (written `null`): it has none.
-    drop_labels : tuple of str
-        Labels, as they stand in the file, whose cells are left out.
-    target_map : mapping of label or target to symbol or column; or "nearest"
-        What labels and targets stand for; a label may stand for a combination, written `A+B`. "nearest": every
-        target without a column of its own stands for the column of the nearest name.
-    strip_guide_suffix : bool or str, default False
-        Whether guide and promoter endings are taken off targets (`sgKLF1_1`, `KLF1_P1P2`); a str is the regular
-        expression of what to take off. Names of genes (`HLA-A`, `NKX2-1`) are left alone.
-    unmeasured_targets : "accept", tuple of str or None
-        Targets that have no column, whatever their names resemble; "accept": all without a match.
-    batch_key, guide_key, total_key : str or None
-        Columns of obs: batch; guide; UMIs of the cell over the whole transcriptome.
-    subset : mapping of obs column to value or list of values
-        Cells to keep.
-    counts_layer : str or None
-        A layer's name, `X`, `raw` (raw.X); or `recover`, `recover:raw`, `recover:LAYER` for log1p-normalised
-        values of X, raw.X or that layer. None: the layer `counts` where there is one, else X.
-    modality : str or None
-        Of an h5mu; None: `rna` or `gex`, or the only one that there is.
-    combo_delimiter : str or None, default "+"
-        Between the genes of a combination. None (`null`): labels are names, such as cell types, not genes.
-    min_cells : int, default 20
-        Smaller conditions are dropped.
-    duplicate_genes : {"sum", "refuse"}
-        What happens to columns that share a symbol.
-    extra_masked_genes : mapping of condition to tuple of genes
-        Masked together with the condition's targets.
-    accepted_columns : tuple of str
-        Columns that nearly name a condition and are known to be effects of it, no traces of the guide
-        (`perturbret.evaluation.column_guard`); `*` for all, where labels are no perturbations.
-    gene_symbol_key : str or None
-        Column of var with gene symbols; None: the names of var.
-    gene_symbol_pattern : str or None
-        Regular expression with one group: the symbol within those names, as `^GRCh38_(.+)$`.
-    keep_columns, drop_columns : tuple of str
-        Columns that are genes, or are not, whatever their names and feature types say.
-    scaled_counts : "accept" or None
-        Take whole numbers as counts although they look like normalised counts that were rounded.
-    citation, license : str or None
+    It has one source: a file (`path`, `url`), a `package_file`, or `simulate`. Lists are tuples here.
     """
 
     name: str
-    path: str | None = None
-    url: str | None = None
-    sha256: str | None = None
-    archive_member: str | None = None
-    package_file: str | None = None
-    simulate: Mapping[str, Any] | None = None
-    condition_key: str | None = None
-    control_label: str | tuple[str, ...] | None = None
-    drop_labels: tuple[str, ...] = ()
-    target_map: Mapping[str, str] | str = field(default_factory=dict)
-    strip_guide_suffix: bool | str = False
-    unmeasured_targets: tuple[str, ...] | str | None = None
-    batch_key: str | None = None
-    guide_key: str | None = None
-    total_key: str | None = None
-    subset: Mapping[str, Any] = field(default_factory=dict)
-    counts_layer: str | None = None
-    modality: str | None = None
-    combo_delimiter: str | None = "+"
-    min_cells: int = 20
-    duplicate_genes: str = "sum"
-    extra_masked_genes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    accepted_columns: tuple[str, ...] = ()
-    gene_symbol_key: str | None = None
-    gene_symbol_pattern: str | None = None
-    keep_columns: tuple[str, ...] = ()
-    drop_columns: tuple[str, ...] = ()
-    scaled_counts: str | None = None
-    citation: str | None = None
-    license: str | None = None
+    path: Text = None
+    url: _Url = None
+    sha256: Sha256 = None
+    archive_member: _Inside = None
+    package_file: Text = None
+    simulate: Annotated[dict[Any, Any] | None, Field(description="a mapping ({} for defaults)")] = None
+    condition_key: Text = None
+    control_label: _Controls = None
+    drop_labels: _Names = ()
+    target_map: Annotated[dict[str, str] | str, PlainValidator(_check_map)] = field(default_factory=dict)
+    strip_guide_suffix: _Strip = False
+    unmeasured_targets: _Unmeasured = None
+    batch_key: Text = None
+    guide_key: Text = None
+    total_key: Text = None
+    subset: _Mapping = field(default_factory=dict)
+    counts_layer: Text = None
+    modality: Text = None
+    combo_delimiter: Text = "+"
+    min_cells: Annotated[int, Field(strict=True, ge=1, description="a whole number of at least 1")] = 20
+    duplicate_genes: Literal["sum", "refuse"] = "sum"
+    extra_masked_genes: Annotated[dict[Any, _Genes], Field(description="a mapping")] = field(
+        default_factory=dict
+    )
+    accepted_columns: _Genes = ()
+    gene_symbol_key: Text = None
+    gene_symbol_pattern: _OneGroup = None
+    keep_columns: _Names = ()
+    drop_columns: _Names = ()
+    scaled_counts: Literal["accept"] | None = None
+    citation: Text = None
+    license: Text = None
 
     @property
     def simulated(self) -> bool:
         return self.simulate is not None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """One checkpoint, as its YAML entry describes it.
+
+    Attributes
+    ----------
+    name : str
+        Also the name of its local directory.
+    files : mapping of str to str or None
+        Names of the files that its directory has to hold, with their sha256 (None: not known).
+    published : str or None
+        Where its authors give it to people.
+    url : str or None
+        Address that serves each file under its name, at a pinned revision.
+    package : str or None
+        Directory within an installed package, as `package/folder/folder`.
+    citation, license : str or None
+    """
+
+    name: str
+    files: Annotated[dict[_FileName, Sha256], Field(description="a mapping of file names to sha256")] = field(
+        default_factory=dict
+    )
+    published: Text = None
+    url: _Url = None
+    package: _Folder = None
+    citation: Text = None
+    license: Text = None
+
+
+def checked_entry(kind: type[_Kind], content: Any, *, where: str, nullable: tuple[str, ...] = ()) -> _Kind:
+    """An entry of YAML as the pydantic dataclass `kind`; a key left blank counts as not given, unless `nullable`.
+
+    Raises
+    ------
+    EntryError
+        Names `where`, the entry and the key, what was expected and what was got.
+    """
+    if not isinstance(content, Mapping):
+        raise EntryError(f"{where}: expected a mapping of keys to values, got {type(content).__name__}")
+    name = content.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "auto":
+        raise EntryError(f"{where}: name: expected letters, digits, _ - . (and not 'auto'), got {name!r}")
+    where = f"{where}: entry {name!r}"
+    known = [each.name for each in fields(kind)]
+    for key in content:
+        if key not in known:
+            raise EntryError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+    given = {key: value for key, value in content.items() if value is not None or key in nullable}
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        found = error.errors()[0]
+    key, *inside = (part for part in found["loc"] if part != "[key]")
+    if found["type"] == "missing":
+        raise EntryError(f"{where}: missing key {key!r}")
+    if found["type"] == "value_error":
+        expected, hint = (*found["ctx"]["error"].args, "")[:2]
+    else:
+        known = kind.__pydantic_fields__[key].description
+        expected, hint = known or found["ctx"]["expected"], ""
+    if hint.endswith("quotes around it"):
+        hint += f': {key}: "{found["input"]}"'
+    place = ": ".join([key, *map(repr, inside)])
+    raise EntryError(f"{where}: {place}: expected {expected}, got {found['input']!r}{hint}")
+
+
+def read_registry(path: Path, make: Callable[..., _Kind]) -> dict[str, _Kind]:
+    """Entries of a YAML list by name; `make(content, where=...)` checks one.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    EntryError
+        It is no list, or two entries share a name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a YAML file with a list of entries at {path}, found none")
+    content = read_yaml(path)
+    if not isinstance(content, list):
+        raise EntryError(f"{path}: expected a list of entries, got {type(content).__name__}")
+    entries: dict[str, Any] = {}
+    for number, item in enumerate(content, start=1):
+        entry = make(item, where=f"{path}, number {number}")
+        if entry.name in entries:
+            raise EntryError(f"{path}: two entries are named {entry.name!r}")
+        entries[entry.name] = entry
+    return entries
 
 
 def default_registry(file: str = "datasets.yaml") -> Path:
@@ -153,24 +280,8 @@ def default_registry(file: str = "datasets.yaml") -> Path:
 
 
 def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
-    """All entries of a registry file (a YAML list of entries), by name.
-
-    Raises
-    ------
-    EntryError
-        An entry is malformed, or two share a name.
-    """
-    path = default_registry() if path is None else Path(path)
-    content = read_yaml(path)
-    if not isinstance(content, list):
-        raise EntryError(f"{path}: expected a list of entries, got {type(content).__name__}")
-    entries: dict[str, Entry] = {}
-    for item in content:
-        entry = make_entry(item, where=str(path))
-        if entry.name in entries:
-            raise EntryError(f"{path}: two entries are named {entry.name!r}")
-        entries[entry.name] = entry
-    return entries
+    """All datasets of a registry file by name, `params/datasets.yaml` by default; errors as `read_registry`."""
+    return read_registry(default_registry() if path is None else Path(path), make_entry)
 
 
 def read_entry(path: str | Path) -> Entry:
@@ -191,51 +302,34 @@ def read_entry(path: str | Path) -> Entry:
     content = read_yaml(path)
     if isinstance(content, Mapping) and isinstance(content.get("path"), str):
         local = Path(content["path"]).expanduser()
-        beside = local if local.is_absolute() else path.resolve().parent / local
+        beside = path.resolve().parent / local  # an absolute path stays as it is
         content = {**content, "path": str(beside) if beside.exists() else str(local)}
     return make_entry(content, where=str(path))
 
 
 def make_entry(content: Mapping[str, Any], *, where: str = "entry") -> Entry:
-    """Check one entry as it comes out of YAML.
-
-    Raises
-    ------
-    EntryError
-        Names the file, the entry and the key, what was expected and what was got.
-    """
-    if not isinstance(content, Mapping):
-        raise EntryError(f"{where}: expected a mapping of keys to values, got {type(content).__name__}")
-    name = content.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "auto":
-        raise EntryError(f"{where}: name: expected letters, digits, _ - . (and not 'auto'), got {name!r}")
-    where = f"{where}: entry {name!r}"
-    known = [field.name for field in fields(Entry)]
-    for key in content:
-        if key not in known:
-            raise EntryError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
-    values = {key: value for key, value in content.items() if value is not None or key in _NULLABLE}
-    for key in _TEXT_KEYS:
-        _check_text(where, key, values)
-    _check_source(where, values)
-    for key in ("subset", "extra_masked_genes"):
-        if not isinstance(values.get(key, {}), Mapping):
-            raise EntryError(f"{where}: {key}: expected a mapping, got {values[key]!r}")
-    min_cells = values.get("min_cells", 1)
-    if not isinstance(min_cells, int) or isinstance(min_cells, bool) or min_cells < 1:
-        raise EntryError(f"{where}: min_cells: expected a whole number of at least 1, got {min_cells!r}")
-    if values.get("duplicate_genes", "sum") not in ("sum", "refuse"):
-        raise EntryError(
-            f"{where}: duplicate_genes: expected 'sum' or 'refuse', got {values['duplicate_genes']!r}"
-        )
-    values |= _names_and_maps(where, values)
-    values["extra_masked_genes"] = {
-        condition: _gene_list(f"{where}: extra_masked_genes: {condition!r}", genes)
-        for condition, genes in values.get("extra_masked_genes", {}).items()
+    """Check one dataset's entry as it comes out of YAML; EntryError as `checked_entry`."""
+    entry = checked_entry(Entry, content, where=where, nullable=("control_label", "combo_delimiter"))
+    where = f"{where}: entry {entry.name!r}"
+    sources = {
+        "file": entry.path or entry.url,
+        "package_file": entry.package_file,
+        "simulate": entry.simulate,
     }
-    if "accepted_columns" in values:
-        values["accepted_columns"] = _gene_list(f"{where}: accepted_columns", values["accepted_columns"])
-    return Entry(**values)
+    given = [source for source, value in sources.items() if value is not None]
+    if len(given) != 1:
+        expected = "path and/or url, package_file, or simulate"
+        raise EntryError(f"{where}: expected one source ({expected}), got {' and '.join(given) or 'none'}")
+    if entry.simulated:
+        used = {"name", "simulate", "citation", "license", "accepted_columns"}
+        useless = sorted(key for key in set(content) - used if content[key] is not None)
+        if useless:
+            raise EntryError(f"{where}: a simulated dataset has no use for {', '.join(useless)}")
+    elif entry.condition_key is None:
+        raise EntryError(f"{where}: missing key 'condition_key'")
+    elif "control_label" not in content:
+        raise EntryError(f"{where}: missing key 'control_label' (null when the source has no controls)")
+    return entry
 
 
 def find_entry(name: str, entries: Mapping[str, Entry]) -> Entry:
@@ -252,112 +346,6 @@ def find_entry(name: str, entries: Mapping[str, Entry]) -> Entry:
         )
         raise UnknownDataset(f"dataset {name!r} is unknown; {nearest(name, [*entries, 'auto'])}{hint}")
     return entries[name]
-
-
-def _check_text(where: str, key: str, values: Mapping[str, Any]) -> None:
-    if key not in values or (values[key] is None and key in _NULLABLE):
-        return
-    value = values[key]
-    if not isinstance(value, str) or not value.strip():
-        quoted = f'; put quotes around it: {key}: "{value}"' if isinstance(value, bool | int | float) else ""
-        raise EntryError(f"{where}: {key}: expected text, got {value!r}{quoted}")
-
-
-def _names_and_maps(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry's values that are lists of names, maps or patterns, checked and in their final form."""
-    found: dict[str, Any] = {}
-    for key in _NAME_LISTS:
-        if key in values:
-            found[key] = _name_list(where, key, values[key])
-    control = values.get("control_label")
-    if isinstance(control, list | tuple):
-        found["control_label"] = _name_list(where, "control_label", control)
-    else:
-        _check_text(where, "control_label", values)
-    unmeasured = values.get("unmeasured_targets")
-    if unmeasured is not None and unmeasured != "accept":
-        found["unmeasured_targets"] = _name_list(
-            where, "unmeasured_targets", unmeasured, also="'accept' or ", example="KLF1"
-        )
-    mapped = values.get("target_map", {})
-    if mapped != "nearest":
-        if not isinstance(mapped, Mapping) or not all(
-            isinstance(value, str) and value.strip() for value in mapped.values()
-        ):
-            raise EntryError(
-                f"{where}: target_map: expected a mapping of labels or targets to symbols, or 'nearest', got {mapped!r}"
-            )
-        found["target_map"] = {str(key).strip(): value.strip() for key, value in mapped.items()}
-    strip = values.get("strip_guide_suffix", False)
-    if not isinstance(strip, bool | str):
-        raise EntryError(
-            f"{where}: strip_guide_suffix: expected true, false or a regular expression, got {strip!r}"
-        )
-    for key, groups in (("strip_guide_suffix", None), ("gene_symbol_pattern", 1)):
-        if isinstance(values.get(key), str):
-            _check_pattern(where, key, values[key], groups)
-    if values.get("scaled_counts") not in (None, "accept"):
-        raise EntryError(f"{where}: scaled_counts: expected 'accept', got {values['scaled_counts']!r}")
-    return found
-
-
-def _name_list(where: str, key: str, names: object, *, also: str = "", example: str = "a") -> tuple[str, ...]:
-    """A list of names; numbers in it are taken as they are written."""
-    listed = isinstance(names, list | tuple) and names
-    if not listed or not all(
-        isinstance(name, str | int | float) and not isinstance(name, bool) for name in names
-    ):
-        raise EntryError(f"{where}: {key}: expected {also}a list of names, as [{example}, b], got {names!r}")
-    return tuple(str(name) for name in names)
-
-
-def _check_pattern(where: str, key: str, pattern: str, groups: int | None) -> None:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise EntryError(f"{where}: {key}: expected a regular expression, got {pattern!r}: {error}") from None
-    if groups is not None and compiled.groups != groups:
-        raise EntryError(
-            f"{where}: {key}: expected a regular expression with one group (...), got {pattern!r} with "
-            f"{compiled.groups}"
-        )
-
-
-def _check_source(where: str, values: Mapping[str, Any]) -> None:
-    given = [source for source, keys in _SOURCES.items() if any(key in values for key in keys)]
-    if len(given) != 1:
-        sources = "path and/or url, package_file, or simulate"
-        raise EntryError(f"{where}: expected one source ({sources}), got {' and '.join(given) or 'none'}")
-    if given == ["simulate"]:
-        if not isinstance(values["simulate"], Mapping):
-            raise EntryError(
-                f"{where}: simulate: expected a mapping ({{}} for defaults), got {values['simulate']!r}"
-            )
-        useless = sorted(set(values) - {"name", "simulate", "citation", "license", "accepted_columns"})
-        if useless:
-            raise EntryError(f"{where}: a simulated dataset has no use for {', '.join(useless)}")
-        return
-    for key in ("condition_key", "control_label"):
-        if key not in values:
-            null = " (null when the source has no controls)" if key == "control_label" else ""
-            raise EntryError(f"{where}: missing key {key!r}{null}")
-    url, sha256, member = (values.get(key) for key in ("url", "sha256", "archive_member"))
-    if url is not None and not re.match(r"https?://[^/\s]+/", url):
-        raise EntryError(f"{where}: url: expected http(s)://host/..., got {url!r}")
-    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise EntryError(f"{where}: sha256: expected 64 hexadecimal digits, got {sha256!r}")
-    if member is not None and (member.startswith("/") or "\\" in member or ".." in member.split("/")):
-        raise EntryError(f"{where}: archive_member: expected a relative path within the zip, got {member!r}")
-
-
-def _gene_list(where: str, genes: object) -> tuple[str, ...]:
-    if (
-        isinstance(genes, list | tuple)
-        and genes
-        and all(isinstance(gene, str) and gene.strip() for gene in genes)
-    ):
-        return tuple(gene.strip() for gene in genes)
-    raise EntryError(f"{where}: expected a list of gene symbols, got {genes!r}")
 
 
 def read_yaml(path: Path) -> Any:
@@ -387,10 +375,6 @@ def read_yaml(path: Path) -> Any:
         raise EntryError(f"{path}: expected YAML, got {error}") from error
 
 
-class DataNotFound(FileNotFoundError):
-    """A dataset's file is not on this machine and cannot be downloaded."""
-
-
 def cache_directory(cache: str | Path | None = None) -> Path:
     """`cache`, else PERTURBRET_CACHE, else the operating system's cache folder for perturbret."""
     chosen = cache or os.environ.get("PERTURBRET_CACHE")
@@ -401,21 +385,42 @@ def cache_directory(cache: str | Path | None = None) -> Path:
     return user_cache_path("perturbret")
 
 
-def data_directory() -> Path | None:
-    """The directory that PERTURBRET_DATA names, or None where it is unset or empty.
+def data_directory(variable: str = "PERTURBRET_DATA") -> Path | None:
+    """The directory that an environment variable names, or None where it is unset or empty.
 
     Raises
     ------
     NotADirectoryError
         The variable names something else.
     """
-    value = os.environ.get("PERTURBRET_DATA")
+    value = os.environ.get(variable)
     if not value:
         return None
     path = Path(value).expanduser()
     if not path.is_dir():
-        raise NotADirectoryError(f"PERTURBRET_DATA: expected a directory, got {value!r}, which is none")
+        raise NotADirectoryError(f"{variable}: expected a directory, got {value!r}")
     return path
+
+
+def local_places(*names: str, package: str | None = None) -> list[Path]:
+    """Where on this machine something may lie, the first first; the cache left out.
+
+    Parameters
+    ----------
+    names : str
+        Paths: absolute, or within PERTURBRET_DATA.
+    package : str, optional
+        Path within an installed package, as `package/folder/file`.
+    """
+    data = data_directory()
+    paths = [Path(name).expanduser() for name in names]
+    places = [(data or Path()) / path for path in paths if data is not None or path.is_absolute()]
+    if package:
+        top, _, inside = package.partition("/")
+        # find_spec does not run the package (importing scanpy takes seconds).
+        spec = importlib.util.find_spec(top)
+        places += [Path(folder) / inside for folder in (spec and spec.submodule_search_locations) or ()]
+    return places
 
 
 def locate(entry: Entry, *, cache: str | Path | None = None) -> Path | None:
@@ -423,6 +428,8 @@ def locate(entry: Entry, *, cache: str | Path | None = None) -> Path | None:
 
     Raises
     ------
+    DataNotFound
+        No installed package has the entry's `package_file`.
     ChecksumError
         A file of the right name has other contents.
     ValueError
@@ -430,17 +437,17 @@ def locate(entry: Entry, *, cache: str | Path | None = None) -> Path | None:
     NotADirectoryError
         PERTURBRET_DATA is no directory.
     """
-    if entry.package_file:
-        return _package_file(entry)
-    local = None if entry.path is None else Path(entry.path).expanduser()
-    if local is not None and local.is_absolute():
-        places = [local]
-    else:
-        data = data_directory()
-        places = [] if data is None else [data / name for name in _names(entry)]
+    places = local_places(*_names(entry), package=entry.package_file)
     for place in places:
         if place.exists():
             return _own(entry, place, cache)
+    if entry.package_file:
+        package = entry.package_file.partition("/")[0]
+        looked = ", ".join(str(place.parent) for place in places)
+        found = f"does not ship it (looked in {looked})" if places else "is not installed"
+        raise DataNotFound(
+            f"dataset {entry.name!r}: expected the file {entry.package_file!r}; {package} {found}"
+        )
     cached = _cached_path(entry, cache)
     return _verified(entry, cached) if cached.is_file() else None
 
@@ -481,34 +488,41 @@ def fetch(
     if found is not None:
         return found
     if entry.url is None:
-        raise DataNotFound(_not_found(entry, cache, "it has no address to download it from"))
-    target = _cached_path(entry, cache)
+        raise _data_not_found(entry, cache, "it has no address to download it from")
+    return _download(
+        entry.url,
+        _cached_path(entry, cache),
+        lambda reason: _data_not_found(entry, cache, reason),
+        label=entry.name,
+        sha256=entry.sha256,
+        archive_member=entry.archive_member,
+        timeout=timeout,
+        progress=progress,
+    )
+
+
+def _download(url: str, target: Path, not_found: Callable[[str], Exception], **options) -> Path:
+    """Download to `target`; a failure of the network is raised as `not_found(reason)`."""
     try:
         with reporting_full(target):
-            download(
-                entry.url,
-                target,
-                label=entry.name,
-                sha256=entry.sha256,
-                archive_member=entry.archive_member,
-                timeout=timeout,
-                progress=progress,
-            )
+            download(url, target, **options)
     except OSError as error:
         if disk_full(error):
             raise
-        reason = f"{entry.url} could not be downloaded ({type(error).__name__}: {error})"
-        raise DataNotFound(_not_found(entry, cache, reason)) from error
+        raise not_found(f"{url} could not be downloaded ({type(error).__name__}: {error})") from error
     return target
 
 
 def _names(entry: Entry) -> list[str]:
-    """Names under which the entry's file may lie in a data directory."""
-    names = [entry.path or unquote(Path(urlsplit(entry.url).path).name)]
+    """Names under which the entry's file may lie in a data directory; none of a package's file."""
+    if entry.package_file:
+        return []
+    name = entry.path or unquote(Path(urlsplit(entry.url).path).name)
     # A bare member name (`perturb_processed.h5ad`) is common to many zips; with its folder it is not.
-    if entry.archive_member and "/" in entry.archive_member:
-        names.append(entry.archive_member)
-    return names
+    nested = (
+        entry.archive_member and "/" in entry.archive_member and not Path(name).expanduser().is_absolute()
+    )
+    return [name, entry.archive_member] if nested else [name]
 
 
 def _cached_path(entry: Entry, cache: str | Path | None) -> Path:
@@ -519,7 +533,7 @@ def _cached_path(entry: Entry, cache: str | Path | None) -> Path:
 
 
 def _own(entry: Entry, path: Path, cache: str | Path | None) -> Path:
-    """The user's own file; where it is a zip, the member, extracted into the cache."""
+    """A file that is on this machine; where it is a zip, its member, extracted into the cache."""
     zipped = entry.archive_member is not None and path.is_file() and zipfile.is_zipfile(path)
     if zipped or entry.archive_member is None:
         expect_sha256(path, entry.sha256, f"{entry.name}: sha256")
@@ -530,22 +544,14 @@ def _own(entry: Entry, path: Path, cache: str | Path | None) -> Path:
         return _verified(entry, target)
     with replacing(target) as temporary:
         extract(path, entry.archive_member, temporary)
-        record = {
-            "archive": str(path),
-            "archive_member": entry.archive_member,
-            "archive_sha256": sha256_of(path),
-            "sha256": sha256_of(temporary),
-        }
-        write_json(record_path(target), record)
+        origin = {"archive": str(path), "archive_member": entry.archive_member}
+        write_record(target, temporary, **origin, archive_sha256=sha256_of(path))
     return target
 
 
 def _verified(entry: Entry, path: Path) -> Path:
     """A cached file that is what its record says; one that somebody put there is recorded as it is now."""
-    record = read_record(path)
-    if not record:
-        record = {"url": entry.url, "sha256": sha256_of(path), "archive_sha256": None}
-        write_json(record_path(path), record)
+    record = read_record(path) or write_record(path, path, url=entry.url)
     expect_sha256(path, record["sha256"], f"{entry.name}: sha256 recorded when it was first fetched")
     if entry.archive_member is None:
         expect_sha256(path, entry.sha256, f"{entry.name}: sha256")
@@ -558,26 +564,15 @@ def _verified(entry: Entry, path: Path) -> Path:
     return path
 
 
-def _package_file(entry: Entry) -> Path:
-    package, _, inside = entry.package_file.partition("/")
-    # find_spec does not run the package (importing scanpy takes seconds).
-    spec = importlib.util.find_spec(package)
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    for path in (Path(folder) / inside for folder in folders):
-        if path.is_file():
-            expect_sha256(path, entry.sha256, f"{entry.name}: sha256")
-            return path
-    found = "is not installed" if spec is None else f"does not ship it (looked in {', '.join(folders)})"
-    raise DataNotFound(f"dataset {entry.name!r}: expected the file {entry.package_file!r}; {package} {found}")
-
-
-def _not_found(entry: Entry, cache: str | Path | None, reason: str) -> str:
+def _data_not_found(entry: Entry, cache: str | Path | None, reason: str) -> DataNotFound:
     names = _names(entry)
     if Path(names[0]).is_absolute():
-        return f"dataset {entry.name!r}: expected a file at {names[0]}, found none, and {reason}"
+        return DataNotFound(
+            f"dataset {entry.name!r}: expected a file at {names[0]}, found none, and {reason}"
+        )
     data = os.environ.get("PERTURBRET_DATA") or "unset"
     address = f" (its address: {entry.url})" if entry.url else ""
-    return (
+    return DataNotFound(
         f"dataset {entry.name!r}: the file {' or '.join(map(repr, names))} is neither in PERTURBRET_DATA "
         f"({data}) nor in the cache ({_cached_path(entry, cache).parent}), and {reason}. Two ways out: put "
         f"{names[0]!r} into a directory and set PERTURBRET_DATA to it{address}, or use simulated cells: "
@@ -585,57 +580,21 @@ def _not_found(entry: Entry, cache: str | Path | None, reason: str) -> str:
     )
 
 
-class CheckpointNotFound(FileNotFoundError):
-    """A checkpoint is not on this machine and cannot be downloaded."""
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """One checkpoint, as its YAML entry describes it.
-
-    Attributes
-    ----------
-    name : str
-        Letters, digits, `_`, `-`, `.`; also the name of its local directory.
-    files : mapping of str to str or None
-        Names of the files that its directory has to hold, with their sha256 (None: not known).
-    published : str or None
-        Where its authors give it to people.
-    url : str or None
-        Address that serves each file under its name, at a pinned revision.
-    package : str or None
-        Directory within an installed package, as `package/folder/folder`.
-    citation, license : str or None
-    """
-
-    name: str
-    files: Mapping[str, str | None] = field(default_factory=dict)
-    published: str | None = None
-    url: str | None = None
-    package: str | None = None
-    citation: str | None = None
-    license: str | None = None
-
-
 def load_checkpoint_registry(path: str | os.PathLike | None = None) -> dict[str, Pretrained]:
-    """All entries of a registry file (a YAML list of entries), by name; `params/checkpoints.yaml` by default.
+    """All checkpoints of a registry file by name, `params/checkpoints.yaml` by default; errors as `read_registry`."""
+    return read_registry(
+        default_registry("checkpoints.yaml") if path is None else Path(path), _make_checkpoint
+    )
 
-    Raises
-    ------
-    EntryError
-        The file is no such list, an entry is malformed, or two share a name.
-    """
-    path = default_registry("checkpoints.yaml") if path is None else Path(path)
-    content = read_yaml(path)
-    if not isinstance(content, list):
-        raise EntryError(f"{path}: expected a list of entries, got {type(content).__name__}")
-    entries: dict[str, Pretrained] = {}
-    for item in content:
-        entry = _entry(item, str(path))
-        if entry.name in entries:
-            raise EntryError(f"{path}: two entries are named {entry.name!r}")
-        entries[entry.name] = entry
-    return entries
+
+def _make_checkpoint(content: Any, *, where: str) -> Pretrained:
+    entry = checked_entry(Pretrained, content, where=where)
+    # What is downloaded unseen has to be known; a directory that a person placed may be taken on trust.
+    if entry.url is not None and (not entry.files or None in entry.files.values()):
+        raise EntryError(
+            f"{where}: entry {entry.name!r}: url: expected a sha256 for each of its files, got {entry.files}"
+        )
+    return entry
 
 
 def find_checkpoint(
@@ -691,63 +650,34 @@ def find_checkpoint(
             f"{nearest(asked, list(entries))}"
         )
     entry = entries[asked]
-    cached = cache_directory(cache) / "checkpoints" / entry.name
-    places = _places(entry)
-    for place in [place for place in places if place.is_dir()]:
-        return _checked(entry, place)
+    own = data_directory("PERTURBRET_CHECKPOINTS")
+    places = local_places(f"checkpoints/{entry.name}", package=entry.package)
+    places = [*([own / entry.name] if own else []), *places]
+    for place in places:
+        if place.is_dir():
+            return _whole(entry, place)
     if entry.url is None:
-        raise CheckpointNotFound(
-            _checkpoint_not_found(entry, places, "its entry has no address to download it from")
-        )
+        raise _checkpoint_not_found(entry, places, "its entry has no address to download it from")
+    cached = cache_directory(cache) / "checkpoints" / entry.name
+    places.append(cached)
     if not fetch and not cached.is_dir():
-        raise CheckpointNotFound(
-            _checkpoint_not_found(entry, [*places, cached], "it was not to be downloaded")
-        )
+        raise _checkpoint_not_found(entry, places, "it was not to be downloaded")
     for file, sha256 in entry.files.items() if fetch else ():
         if not (cached / file).is_file():
-            address = f"{entry.url.rstrip('/')}/{file}"
-            try:
-                download(
-                    address,
-                    cached / file,
-                    label=entry.name,
-                    sha256=sha256,
-                    h5ad=False,
-                    timeout=timeout,
-                    progress=progress,
-                )
-            except OSError as error:
-                if disk_full(error):
-                    raise
-                reason = f"{address} could not be downloaded ({type(error).__name__}: {error})"
-                raise CheckpointNotFound(_checkpoint_not_found(entry, [*places, cached], reason)) from error
-    return _checked(entry, cached)
-
-
-def _places(entry: Pretrained) -> list[Path]:
-    """Where the entry's directory may be on this machine, the first first; the cache left out."""
-    places = []
-    value = os.environ.get("PERTURBRET_CHECKPOINTS")
-    if value:
-        own = Path(value).expanduser()
-        if not own.is_dir():
-            raise NotADirectoryError(
-                f"PERTURBRET_CHECKPOINTS: expected a directory, got {value!r}, which is none"
+            _download(
+                f"{entry.url.rstrip('/')}/{file}",
+                cached / file,
+                lambda reason: _checkpoint_not_found(entry, places, reason),
+                label=entry.name,
+                sha256=sha256,
+                h5ad=False,
+                timeout=timeout,
+                progress=progress,
             )
-        places.append(own / entry.name)
-    data = data_directory()
-    if data is not None:
-        places.append(data / "checkpoints" / entry.name)
-    if entry.package:
-        package, _, inside = entry.package.partition("/")
-        # find_spec does not run the package.
-        spec = importlib.util.find_spec(package)
-        folders = [] if spec is None else list(spec.submodule_search_locations or [])
-        places += [Path(folder) / inside for folder in folders]
-    return places
+    return _whole(entry, cached)
 
 
-def _checked(entry: Pretrained, directory: Path) -> Path:
+def _whole(entry: Pretrained, directory: Path) -> Path:
     """The directory, with every file of the entry in it."""
     for file, sha256 in entry.files.items():
         if not (directory / file).is_file():
@@ -760,9 +690,9 @@ def _checked(entry: Pretrained, directory: Path) -> Path:
     return directory
 
 
-def _checkpoint_not_found(entry: Pretrained, places: list[Path], reason: str) -> str:
+def _checkpoint_not_found(entry: Pretrained, places: list[Path], reason: str) -> CheckpointNotFound:
     listed = ", ".join(map(str, places)) or "nowhere: PERTURBRET_CHECKPOINTS and PERTURBRET_DATA are unset"
-    return (
+    return CheckpointNotFound(
         f"checkpoint {entry.name!r}: expected a directory with {', '.join(entry.files) or 'its files'}, found none "
         f"(looked in: {listed}), and {reason}. {_sources(entry)}; put the files into <folder>/{entry.name} and set "
         "PERTURBRET_CHECKPOINTS to <folder>. No other checkpoint is taken in its place"
@@ -774,38 +704,3 @@ def _sources(entry: Pretrained) -> str:
     return (
         f"it can be had from {' or '.join(known)}" if known else "its entry does not say where it can be had"
     )
-
-
-def _entry(content: Any, where: str) -> Pretrained:
-    """Check one entry as it comes out of YAML."""
-    if not isinstance(content, Mapping):
-        raise EntryError(f"{where}: expected a mapping of keys to values, got {type(content).__name__}")
-    name = content.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise EntryError(f"{where}: name: expected letters, digits, _ - . , got {name!r}")
-    where = f"{where}: entry {name!r}"
-    known = [key.name for key in fields(Pretrained)]
-    for key, value in content.items():
-        if key not in known:
-            raise EntryError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
-        if key != "files" and (not isinstance(value, str) or not value.strip()):
-            raise EntryError(f"{where}: {key}: expected text, got {value!r}")
-    files = content.get("files", {})
-    if not isinstance(files, Mapping):
-        raise EntryError(f"{where}: files: expected a mapping of file names to sha256, got {files!r}")
-    for file, sha256 in files.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", file):
-            raise EntryError(f"{where}: files: expected the bare name of a file, got {file!r}")
-        if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", str(sha256)):
-            raise EntryError(
-                f"{where}: files: {file}: sha256: expected 64 hexadecimal digits, got {sha256!r}"
-            )
-    url, package = content.get("url"), content.get("package")
-    if url is not None and not re.match(r"https?://[^/\s]+/", url):
-        raise EntryError(f"{where}: url: expected http(s)://host/..., got {url!r}")
-    # What is downloaded unseen has to be known; a directory that a person placed may be taken on trust.
-    if url is not None and (not files or None in files.values()):
-        raise EntryError(f"{where}: url: expected a sha256 for each of its files, got {dict(files)}")
-    if package is not None and (".." in package.split("/") or not re.match(r"\w+/.", package)):
-        raise EntryError(f"{where}: package: expected package/folder, got {package!r}")
-    return Pretrained(**content)

@@ -9,9 +9,12 @@ import stat
 import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+
+from tqdm import tqdm
 
 from .atomic import DiskFull, replacing, write_json
 from .names import nearest
@@ -65,6 +68,13 @@ def read_record(path: Path) -> dict:
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
 
 
+def write_record(path: Path, file: Path, **origin: object) -> dict:
+    """Record where `path` is from; its checksum is that of `file`, which may be still to be renamed."""
+    record = {"archive_sha256": None, **origin, "sha256": sha256_of(file)}
+    write_json(record_path(path), record)
+    return record
+
+
 def download(
     url: str,
     target: Path,
@@ -107,38 +117,41 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f".download-{os.getpid()}-{threading.get_ident()}"
     part.mkdir(exist_ok=True)
+    silence = 30 if timeout is None else min(30, timeout)
 
     def work(stop: threading.Event) -> None:
         import pooch
 
-        bar = _Bar(stop, f"{label}: {target.name}" if progress else None)
-        silence = 30 if timeout is None else min(30, timeout)
         file = part / "download"
+        # pooch sets the total; without one, tqdm refuses to be asked whether it is there.
+        bar = _Bar(total=1, desc=f"{label}: {target.name}", unit="B", unit_scale=True, disable=not progress)
+        bar.stop = stop
         pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=silence)(url, str(file), None)
         served = sha256_of(file)
         if sha256 is not None and served != sha256.lower():
             raise ChecksumError(f"{label}: sha256 of {url}: expected {sha256.lower()}, got {served}")
         if archive_member:
             file = extract(file, archive_member, part / "member")
-        record = {
-            "url": url,
-            "sha256": sha256_of(file),
-            "archive_member": archive_member,
-            "archive_sha256": served if archive_member else None,
-            "downloaded": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
         if h5ad:
             _expect_h5ad(file, f"{label}: {url}")
-        known = read_record(target).get("sha256", record["sha256"])
-        if known != record["sha256"]:
+        found = sha256_of(file)
+        known = read_record(target).get("sha256", found)
+        if known != found:
             raise ChecksumError(
-                f"{label}: {url}: expected sha256 {known}, recorded at the first download, got "
-                f"{record['sha256']}: the file there has changed; delete {record_path(target)} to accept it"
+                f"{label}: {url}: expected sha256 {known}, recorded at the first download, got {found}: the file "
+                f"there has changed; delete {record_path(target)} to accept it"
             )
         if stop.is_set():
             raise TimeoutError("stopped")
         # The record first, so that a file under its final name always has one.
-        write_json(record_path(target), record)
+        write_record(
+            target,
+            file,
+            url=url,
+            archive_member=archive_member,
+            archive_sha256=served if archive_member else None,
+            downloaded=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
         with replacing(target) as temporary:
             os.replace(file, temporary)
 
@@ -194,46 +207,29 @@ def _limited(work: Callable[[threading.Event], None], timeout: float | None) -> 
 
     In a thread, since looking up a host's name can hang for longer than any timeout of a connection.
     """
-    stop = threading.Event()
-    if timeout is None:
-        work(stop)
-        return
-    failure: list[BaseException] = []
+    stop, outcome = threading.Event(), Future()
 
     def run() -> None:
         try:
-            work(stop)
+            outcome.set_result(work(stop))
         except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
-            failure.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
+    if timeout is None:
+        return work(stop)
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([outcome], timeout).done:
         stop.set()
         raise TimeoutError(f"not finished within {timeout:g} seconds")
-    if failure:
-        raise failure[0]
+    return outcome.result()
 
 
-class _Bar:
+class _Bar(tqdm):
     """The progress bar that pooch drives; also where a download that nobody waits for any more ends."""
 
-    def __init__(self, stop: threading.Event, label: str | None):
-        from tqdm import tqdm
+    stop: threading.Event
 
-        self.stop = stop
-        self.bar = tqdm(desc=label, unit="B", unit_scale=True, disable=label is None)
-        self.total = 0
-
-    def update(self, n: int) -> None:
+    def update(self, n: float | None = 1) -> bool | None:
         if self.stop.is_set():
             raise TimeoutError("stopped")
-        self.bar.total = self.total or None
-        self.bar.update(n)
-
-    def reset(self) -> None:
-        self.bar.reset(self.total or None)
-
-    def close(self) -> None:
-        self.bar.close()
+        return super().update(n)
