@@ -237,7 +237,7 @@ def _check_log_values(data: np.ndarray, name: str) -> None:
     if (data < 0).any():
         raise CountsError(
             f"{name}: expected log1p-normalised values, got {int((data < 0).sum())} negative ones "
-            f"(smallest {data.min():g}): counts cannot be recovered from scaled or centred values"
+            f"(smallest {data.min():g}): scaled or centred values do not tell counts"
         )
     if len(data) and (data == np.rint(data)).all():
         raise CountsError(f"{name}: expected log1p-normalised values, got whole numbers: read them as counts")
