@@ -50,7 +50,8 @@ class CheckpointNotFound(FileNotFoundError):
     """A checkpoint is not on this machine and cannot be downloaded."""
 
 
-# Types of an entry's values. A validator raises ValueError(what it expects, what else to say of the value).
+# Types of an entry's values. A validator raises ValueError(what it expects, what else to say of the value), and takes
+# its own results and the defaults, since `dataclasses.replace` checks again.
 
 
 def _check_text(value: object, expected: str = "text", pattern: str = r".*\S.*") -> str | None:
@@ -66,14 +67,14 @@ def _text(expected: str, pattern: str) -> Any:
 
 def _check_names(value: object, expected: str = "") -> tuple[str, ...]:
     """A list of names; numbers in it are taken as they are written."""
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple) and (value or value == ()):
         if all(isinstance(name, str | int | float) and not isinstance(name, bool) for name in value):
             return tuple(map(str, value))
     raise ValueError(f"{expected}a list of names, as [a, b]")
 
 
 def _check_genes(value: object) -> tuple[str, ...]:
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple) and (value or value == ()):
         if all(isinstance(gene, str) and gene.strip() for gene in value):
             return tuple(gene.strip() for gene in value)
     raise ValueError("a list of gene symbols")
@@ -91,8 +92,8 @@ def _check_controls(value: object) -> tuple[str, ...] | str | None:
     return _check_names(value) if isinstance(value, list | tuple) else _check_text(value)
 
 
-def _check_unmeasured(value: object) -> tuple[str, ...] | str:
-    return value if value == "accept" else _check_names(value, "'accept' or ")
+def _check_unmeasured(value: object) -> tuple[str, ...] | str | None:
+    return value if value in (None, "accept") else _check_names(value, "'accept' or ")
 
 
 def _groups(pattern: str, expected: str) -> int:
@@ -111,9 +112,9 @@ def _check_strip(value: object) -> bool | str:
     return value
 
 
-def _check_one_group(value: object) -> str:
+def _check_one_group(value: object) -> str | None:
     expected = "a regular expression with one group (...)"
-    found = _groups(_check_text(value, expected), expected)
+    found = 1 if _check_text(value, expected) is None else _groups(value, expected)
     if found != 1:
         raise ValueError(expected, f" with {found}")
     return value
