@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +140,11 @@ def test_lists_and_maps_of_names_become_text():
     assert entry.control_label == ("NT", "0") and entry.drop_labels == ("nan", "7")
     assert entry.target_map == {"3": "KLF1"} and entry.unmeasured_targets == ("PTEN",)
     assert entry.strip_guide_suffix is True and make_entry(MINIMAL).strip_guide_suffix is False
+
+
+def test_an_entry_can_be_copied_with_changes():
+    for entry in load_registry().values():
+        assert replace(entry) == entry and replace(entry, citation="x").citation == "x"
 
 
 def test_extra_masked_genes_become_tuples():

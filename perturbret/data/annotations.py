@@ -1,7 +1,7 @@
-"""What obs and var say, checked against a dataset entry: labels, controls, genes, columns that are no genes."""
+"""What obs and var say, checked against a dataset entry: labels, controls, genes, columns that are not genes."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,7 +46,7 @@ def columns_left_out(
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
 ) -> dict[int, str]:
-    """Positions of columns that are no genes, and why.
+    """Positions of columns that are not genes, and why.
 
     By `feature_types` of var, where the file has it; by name, where no gene has the name as its approved symbol.
 
@@ -58,33 +58,24 @@ def columns_left_out(
     keep, drop : sequence of str
         Symbols or names of var's rows that are genes, or are not, whatever they look like.
     """
-    names = list(map(str, var.index))
-    found: dict[int, str] = {}
-    for position, kind in _other_types(var).items():
-        found[position] = f"feature type {kind}"
-    for position, symbol in enumerate(map(str, symbols)):
-        if position not in found:
-            reason = why_no_gene(symbol, resolver)
-            if reason:
-                found[position] = reason
-        own = {symbol, names[position]}
-        if own & set(drop):
+    types, found = _other_types(var), {}
+    for position, (symbol, name) in enumerate(zip(map(str, symbols), map(str, var.index), strict=True)):
+        if {symbol, name} & set(drop):
             found[position] = "drop_columns of the dataset's entry"
-        elif own & set(keep):
-            found.pop(position, None)
-    return found
+        elif not {symbol, name} & set(keep):
+            known = position in types
+            found[position] = f"feature type {types[position]}" if known else why_no_gene(symbol, resolver)
+    return {position: reason for position, reason in found.items() if reason}
 
 
 def why_no_gene(name: str, resolver: SymbolResolver) -> str:
-    """Why a column of this name is no gene's, or '' where nothing speaks against it."""
+    """Why a column of this name does not belong to a gene, or '' where nothing speaks against it."""
     name = tidy(name)
     if resolver.approved(name):
         return ""
     parts = {part.casefold() for part in re.split(r"[^0-9A-Za-z]+", name) if part}
     if parts & _CONSTRUCTS or re.sub(r"[^0-9a-z]", "", name.casefold()) in _CONSTRUCTS:
         return "name of a guide, barcode, antibody or vector"
-    if resolver.readings(name):
-        return ""
     if known_as(name, resolver):
         return ""
     of_gene = _GUIDE_OF_GENE.fullmatch(name)
@@ -256,13 +247,26 @@ class ScreenError(ValueError):
     """A file that does not hold what its dataset entry says, or no screen that can be benchmarked."""
 
 
-def column(obs: pd.DataFrame, key: str, what: str, entry: Entry) -> pd.Series:
-    """The column of obs that an entry's key `what` names. ScreenError where there is none."""
-    if key not in obs:
+def expect_known(names: Iterable[str], known: Iterable[str], entry: Entry, key: str, what: str) -> None:
+    """Raise a ScreenError that names the first of `names` that is not among `known`, and the nearest that are.
+
+    what : what the entry's `key` was expected to name, as `columns of the file`.
+    """
+    known = set(known)
+    for name in names:
+        if name not in known:
+            raise ScreenError(
+                f"{entry.name}: {key}: expected {what}, got {name!r}; {nearest(str(name), sorted(known))}"
+            )
+
+
+def column(table: pd.DataFrame, name: str, key: str, entry: Entry, place: str = "obs") -> pd.Series:
+    """The column of obs or var that an entry's `key` names. ScreenError where it is missing."""
+    if name not in table:
         raise ScreenError(
-            f"{entry.name}: {what}: expected a column {key!r} in obs; {nearest(key, list(obs.columns))}"
+            f"{entry.name}: {key}: expected a column {name!r} in {place}; {nearest(name, list(table.columns))}"
         )
-    return obs[key]
+    return table[name]
 
 
 def read_cells(
@@ -276,8 +280,7 @@ def read_cells(
         As it stands in the file.
     entry : Entry
     audit : dict
-        Gets `cells_before`, `cells_in_subset`; `unlabelled_cells`, and how many of them by `unlabelled_labels` that
-        are text (label: cells); `dropped_labels` (label: cells); `unassigned_guides`.
+        Gets what `perturbret.data.datasets.ingest` lists of cells as they are read.
     rules : LabelRules
 
     Returns
@@ -364,30 +367,20 @@ def _read_labels(raw: np.ndarray, n_cells: np.ndarray, entry: Entry, audit: dict
     parts = {part.strip() for text in texts for part in text.split(entry.combo_delimiter or "\0")}
     seen = {*texts, *map(tidy, texts), *parts}
     known = {re.sub(r"\.0$", "", name) for name in seen}
-    for key, names in (("drop_labels", entry.drop_labels), ("target_map", mapped)):
-        stripped = {rules.stripped(part) for part in parts} if key == "target_map" else set()
-        absent = [name for name in names if name not in seen | stripped and name not in known]
-        if absent:
-            raise ScreenError(
-                f"{entry.name}: {key}: expected labels of obs[{entry.condition_key!r}], got {absent[0]!r}; "
-                f"{nearest(absent[0], sorted(seen))}"
-            )
-    conditions, nothing, dropped = [], {}, {}
-    for label, text, n in zip(raw, texts, n_cells, strict=True):
-        condition = None
-        if rules.dropped(label):
-            dropped[text] = int(n)
-        else:
-            condition = rules.read(label)
-            if condition is None:
-                nothing[text] = int(n)
+    what = f"labels of obs[{entry.condition_key!r}]"
+    expect_known(entry.drop_labels, seen | known, entry, "drop_labels", what)
+    expect_known(mapped, seen | known | {rules.stripped(part) for part in parts}, entry, "target_map", what)
+    conditions, nothing, dropped, sizes = [], {}, {}, {}
+    for label, text, n in zip(raw, texts, map(int, n_cells), strict=True):
+        left_out = rules.dropped(label)
+        condition = None if left_out else rules.read(label)
         conditions.append(condition)
+        if condition is not None:
+            sizes.setdefault(text, [condition, 0])[1] += n
+        else:
+            (dropped if left_out else nothing)[text] = n
     audit["unlabelled_cells"] += sum(nothing.values())
     audit |= {"unlabelled_labels": nothing, "dropped_labels": dropped}
-    sizes = {}
-    for text, condition, n in zip(texts, conditions, n_cells, strict=True):
-        if condition is not None:
-            sizes.setdefault(text, [condition, 0])[1] += int(n)
     audit["suspicious_labels"] = _suspicious(sizes, entry, rules)
     return conditions
 
@@ -486,8 +479,7 @@ def read_genes(var: pd.DataFrame, entry: Entry, audit: dict, resolver: SymbolRes
         As it stands in the file.
     entry : Entry
     audit : dict
-        Gets `genes_before`, `columns_left_out` (symbol: why it is no gene), `genes_without_symbol` (these keep the
-        name of their row in var).
+        Gets what `perturbret.data.datasets.ingest` lists of columns, but for `genes_after` and `duplicate_genes`.
     resolver : SymbolResolver
 
     Raises
@@ -497,16 +489,10 @@ def read_genes(var: pd.DataFrame, entry: Entry, audit: dict, resolver: SymbolRes
         expected and no table knows them.
     """
     raw = var.index.astype(str).to_numpy(object)
-    if entry.gene_symbol_key is None:
-        symbols = raw
-    elif entry.gene_symbol_key in var:
-        symbols = var[entry.gene_symbol_key]
-        symbols = np.where(symbols.isna(), "", symbols.astype(str)).astype(object)
-    else:
-        raise ScreenError(
-            f"{entry.name}: gene_symbol_key: expected a column {entry.gene_symbol_key!r} in var; "
-            f"{nearest(entry.gene_symbol_key, list(var.columns))}"
-        )
+    symbols = raw
+    if entry.gene_symbol_key is not None:
+        found = column(var, entry.gene_symbol_key, "gene_symbol_key", entry, "var")
+        symbols = np.where(found.isna(), "", found.astype(str))
     symbols = np.array([tidy(symbol) for symbol in symbols], dtype=object)
     empty = (symbols == "") | (symbols == "nan")
     symbols[empty] = raw[empty]
@@ -516,12 +502,7 @@ def read_genes(var: pd.DataFrame, entry: Entry, audit: dict, resolver: SymbolRes
     if not len(raw):
         raise ScreenError(f"{entry.name}: expected genes, got a file without any")
     for key in ("keep_columns", "drop_columns"):
-        absent = sorted(set(getattr(entry, key)) - set(symbols) - set(raw))
-        if absent:
-            raise ScreenError(
-                f"{entry.name}: {key}: expected columns of the file, got {absent[0]!r}; "
-                f"{nearest(absent[0], list(symbols))}"
-            )
+        expect_known(sorted(getattr(entry, key)), {*symbols, *raw}, entry, key, "columns of the file")
     left_out = columns_left_out(
         symbols, var, resolver=resolver, keep=entry.keep_columns, drop=entry.drop_columns
     )
@@ -530,7 +511,7 @@ def read_genes(var: pd.DataFrame, entry: Entry, audit: dict, resolver: SymbolRes
     keep[list(left_out)] = False
     if not keep.any():
         raise ScreenError(
-            f"{entry.name}: expected genes, got {len(raw)} columns that are none ({_listed(list(symbols))}: "
+            f"{entry.name}: expected genes, got {len(raw)} columns that are not genes ({_listed(list(symbols))}: "
             f"{next(iter(left_out.values()))}); keep_columns lists those that are"
         )
     ids = [np.array([is_ensembl_id(name) for name in map(str, values)]) for values in _texts_of(var)]

@@ -27,7 +27,7 @@ def canonical_condition(
         What the source calls its controls; a name may hold the delimiter (`non_targeting` with `_`). None: the
         source has no name of its own for them.
     delimiter : str or None, default "+"
-        What stands between the genes of a combination. None: labels are no gene combinations (cell types,
+        What stands between the genes of a combination. None: labels are not gene combinations (cell types,
         say); each is kept whole, its `+` written as the superscript `⁺` (`CD34⁺`), to stay one target.
 
     Returns

@@ -19,7 +19,7 @@ _MAX_SMALLEST = 64
 
 
 class CountsError(ValueError):
-    """Values that are no UMI counts, or from which no counts can be recovered."""
+    """Values that are not UMI counts, or from which counts cannot be recovered."""
 
 
 def check_counts(matrix: csr_matrix, *, name: str, cells: np.ndarray, genes: np.ndarray) -> csr_matrix:
@@ -64,10 +64,10 @@ def check_counts(matrix: csr_matrix, *, name: str, cells: np.ndarray, genes: np.
             )
 
     if kind == "f":
-        refuse(np.isnan(data), "counts", "; NaN is no count")
+        refuse(np.isnan(data), "counts", "; NaN is not a count")
         refuse(np.isinf(data), "finite counts")
     if kind != "u":
-        refuse(data < 0, "counts of at least 0", overflow or "; scaled or centred values are no counts")
+        refuse(data < 0, "counts of at least 0", overflow or "; scaled or centred values are not counts")
     if kind == "f":
         log = "; these look like log1p-normalised values" if len(data) and data.max() < 20 else ""
         refuse(data != np.rint(data), "whole numbers", log)
@@ -180,7 +180,7 @@ def recover(values: csr_matrix, *, totals: np.ndarray | None = None, name: str =
     Raises
     ------
     CountsError
-        The values are no log1p-normalised counts, or not stored precisely enough to tell the counts.
+        The values are not log1p-normalised counts, or are stored too coarsely to tell the counts.
     """
     if not isinstance(values, csr_matrix):
         values = csr_matrix(values)
@@ -237,7 +237,7 @@ def _check_log_values(data: np.ndarray, name: str) -> None:
     if (data < 0).any():
         raise CountsError(
             f"{name}: expected log1p-normalised values, got {int((data < 0).sum())} negative ones "
-            f"(smallest {data.min():g}): scaled or centred values hold no counts"
+            f"(smallest {data.min():g}): scaled or centred values do not tell counts"
         )
     if len(data) and (data == np.rint(data)).all():
         raise CountsError(f"{name}: expected log1p-normalised values, got whole numbers: read them as counts")

@@ -1,8 +1,9 @@
 """A dataset's name or YAML file -> Screen: counts checked, labels canonical, every change on record."""
 
 import inspect
+import re
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from scipy.sparse import csr_matrix
 
 from ..files.downloads import ChecksumError, sha256_of
 from ..files.names import nearest
-from .annotations import GeneColumns, LabelRules, ScreenError, read_cells, read_genes
+from .annotations import GeneColumns, LabelRules, ScreenError, expect_known, read_cells, read_genes
 from .conditions import CTRL, JOIN, canonical_condition, control_names, targets
 from .counts import CountsError, check_counts, recover, scaled_counts
 from .genes import SymbolResolver, known_as
@@ -48,13 +49,14 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
         `counts` (evidence that they are counts), `totals` (where they are from). Cells: `cells_before`,
         `cells_in_subset`, `unlabelled_cells`, `empty_cells` (both dropped), `cells_after`; `unlabelled_labels`,
         `dropped_labels` (label: cells), `suspicious_labels` (rows of label, condition, n_cells, why);
-        `unassigned_guides`. Columns: `genes_before`, `genes_after`, `columns_left_out` (symbol: why it is no gene),
-        `duplicate_genes` (symbol: columns summed), `genes_without_symbol`. Targets: `labels_are_names` (no genes:
-        the entry has no combo_delimiter), else `unmeasured_targets` (that the entry states) and `targets` (rows of
-        `perturbret.data.targets.TargetMatches.table`). Conditions: `n_raw_labels`; of the cells that are kept
-        `merged_labels` (rows of raw, condition, n_cells), `n_classes_without_merging` (raw labels, those of
-        controls included) and `n_conditions` (without controls); `min_cells`, `dropped_conditions` (condition:
-        cells). `obsm_left_out` (name: reason); `unreadable_parts` (of the file, nobody asked for: reason).
+        `unassigned_guides`. Columns: `genes_before`, `genes_after`, `columns_left_out` (symbol: why it is not a
+        gene), `duplicate_genes` (symbol: columns summed), `genes_without_symbol` (they keep the name of their row in
+        var). Targets: `labels_are_names` (no genes: the entry has no combo_delimiter), else `unmeasured_targets`
+        (that the entry states) and `targets` (rows of `perturbret.data.targets.TargetMatches.table`). Conditions:
+        `n_raw_labels`; of the cells that are kept `merged_labels` (rows of raw, condition, n_cells),
+        `n_classes_without_merging` (raw labels, those of controls included) and `n_conditions` (without controls);
+        `min_cells`, `dropped_conditions` (condition: cells). `obsm_left_out` (name: reason); `unreadable_parts` (of
+        the file, which the entry does not use: reason).
 
     Raises
     ------
@@ -63,7 +65,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
         control label does not occur, fewer than two conditions are left; labels are numbers, or name controls that
         the entry does not; targets cannot be told from genes that are not measured.
     CountsError
-        The values are no counts, or none can be recovered.
+        The values are not counts, and counts cannot be recovered from them.
     ValueError
         A condition names an empty gene.
     """
@@ -129,22 +131,21 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
 
 
 def _check_controls(obs: pd.DataFrame, entry: Entry) -> None:
-    found = sorted(set(obs["label"].astype(str)))
-    for name in control_names(entry.control_label):
-        parts = {
-            part.strip().casefold() for label in found for part in label.split(entry.combo_delimiter or "\0")
-        }
-        held = {label.strip().casefold() for label in found} | parts
-        if len(control_names(entry.control_label)) > 1 and name.casefold() not in held:
-            raise ScreenError(
-                f"{entry.name}: control_label: expected cells labelled {name!r} in obs[{entry.condition_key!r}], "
-                f"found none; {nearest(name, found)}"
-            )
-    if entry.control_label is not None and CTRL not in set(obs["condition"]):
+    """Raise a ScreenError where a control label of the entry, or one of several, has no cells."""
+    found, names = sorted(set(obs["label"].astype(str))), control_names(entry.control_label)
+    held = {
+        part.strip().casefold()
+        for label in found
+        for part in (label, *label.split(entry.combo_delimiter or "\0"))
+    }
+    absent = [name for name in names if name.casefold() not in held] if len(names) > 1 else []
+    hint = ""
+    if not absent and names and CTRL not in set(obs["condition"]):
+        absent, hint = [entry.control_label], "; strip_guide_suffix: true takes guides' numbers off labels"
+    if absent:
         raise ScreenError(
-            f"{entry.name}: control_label: expected cells labelled {entry.control_label!r} in "
-            f"obs[{entry.condition_key!r}], found none; {nearest(str(entry.control_label), found)}; "
-            "strip_guide_suffix: true takes guides' numbers off labels"
+            f"{entry.name}: control_label: expected cells labelled {absent[0]!r} in obs[{entry.condition_key!r}], "
+            f"found none; {nearest(str(absent[0]), found)}{hint}"
         )
 
 
@@ -190,24 +191,18 @@ def _check_targets(
     accepted = entry.unmeasured_targets or ()
     known = {row["target"] for row in table}
     absent = [] if accepted == "accept" else sorted(set(accepted) - known)
-    if absent and not set(absent) <= set(audit["dropped_conditions"]):
-        raise ScreenError(
-            f"{entry.name}: unmeasured_targets: expected targets of the screen, got {absent[0]!r}; "
-            f"{nearest(absent[0], sorted(known))}"
-        )
+    if not set(absent) <= set(audit["dropped_conditions"]):
+        expect_known(absent, known, entry, "unmeasured_targets", "targets of the screen")
     open_rows = unsettled(table, accepted)
     near = [row for row in open_rows if row["nearest"]]
     counted = ", ".join(f"{number} {status}" for status, number in count_statuses(table).items())
     if near or len(open_rows) > n / 2:
         rows = near or open_rows
+        columns = [
+            f"nearest column {row['nearest']!r}" if near else "no column of a similar name" for row in rows
+        ]
         shown = "; ".join(
-            f"{row['target']!r}"
-            + (
-                f" (nearest column {row['nearest']!r})"
-                if row["nearest"]
-                else " (no column of a similar name)"
-            )
-            for row in rows[:5]
+            f"{row['target']!r} ({column})" for row, column in zip(rows[:5], columns, strict=False)
         )
         lines = list(dict.fromkeys(row["suggestion"] for row in rows if row["suggestion"]))
         raise ScreenError(
@@ -256,7 +251,7 @@ def _layer(source: Source, entry: Entry) -> str:
         The file does not hold it.
     """
     wanted = entry.counts_layer or ("counts" if "counts" in source.layers else "X")
-    if wanted == "recover" or wanted.startswith("recover:"):
+    if re.match("recover(:|$)", wanted):
         wanted = wanted.partition(":")[2] or "X"
     if wanted not in source.matrices:
         raise ScreenError(f"{entry.name}: counts_layer: expected {wanted!r} in the file; {_ways(source)}")
@@ -272,28 +267,22 @@ def _counts(source, layer, entry, keep, obs, columns: GeneColumns, audit) -> csr
     def only_genes(block):
         return block if columns.keep.all() else block[:, columns.keep]
 
+    def as_counts(block, rows):
+        return check_counts(only_genes(block), name=name, cells=cells[rows], genes=columns.names)
+
     recovering = (entry.counts_layer or "").startswith("recover")
     matrix, cells = source.matrices[layer], np.full(len(keep), "", object)
     cells[keep] = obs.index
     name = f"{entry.name}: {layer if layer in ('X', 'raw') else f'layers[{layer!r}]'}"
     audit["counts"] = {"layer": layer, "stored_as": str(matrix.dtype), "recovered": recovering}
     if recovering:
-        values = read_rows(
-            matrix, keep, name=name, check=lambda block, rows: _without_zeros(only_genes(block))
-        )
+        values = read_rows(matrix, keep, name=name, check=lambda block, _: _without_zeros(only_genes(block)))
         totals = obs["total"].to_numpy() if "total" in obs else None
         result = recover(values, totals=totals, name=name)
         audit["counts"] |= result.evidence
         return result.counts
     try:
-        counts = read_rows(
-            matrix,
-            keep,
-            name=name,
-            check=lambda block, rows: check_counts(
-                only_genes(block), name=name, cells=cells[rows], genes=columns.names
-            ),
-        )
+        counts = read_rows(matrix, keep, name=name, check=as_counts)
     except CountsError as error:
         raise CountsError(f"{error}; {_ways(source)}") from None
     scaled = scaled_counts(counts)
@@ -369,14 +358,10 @@ def _extra_masked(
     entry: Entry, rules: LabelRules, conditions: np.ndarray, left: list[str]
 ) -> dict[str, tuple[str, ...]]:
     """The entry's extra genes by canonical condition; a condition that was dropped takes its genes along."""
-    known, result = sorted(set(conditions) - {CTRL}), {}
+    known, result = set(conditions) - {CTRL}, {}
     for label, genes in entry.extra_masked_genes.items():
         condition = rules.read(label)
-        if condition not in known:
-            raise ScreenError(
-                f"{entry.name}: extra_masked_genes: expected conditions of the screen, got {label!r}; "
-                f"{nearest(str(condition), known)}"
-            )
+        expect_known([condition or label], known, entry, "extra_masked_genes", "conditions of the screen")
         if condition in left:
             result[condition] = tuple(sorted({*result.get(condition, ()), *genes}))
     return result
@@ -486,22 +471,18 @@ def _expect_readable(source: Source, entry: Entry, path: Path) -> None:
     ScreenError
         Names the file, the part, why it cannot be read and the entry's key that asks for it.
     """
-    asked = {"subset": list(entry.subset)}
-    asked |= {
-        field.name: [getattr(entry, field.name)] for field in fields(entry) if field.name.endswith("_key")
-    }
+    asked = {key: [getattr(entry, key)] for key in vars(entry) if key.endswith("_key")}
     wanted = {
         f"{table}/{column}": key
-        for key, columns in asked.items()
+        for key, columns in (asked | {"subset": list(entry.subset)}).items()
         for column in columns
         for table in ("obs", "var", "raw/var")
     }
     layer = (entry.counts_layer or "counts").removeprefix("recover").removeprefix(":") or "X"
-    wanted |= dict.fromkeys(
-        [layer, f"{layer}/X"] if layer in ("X", "raw") else [f"layers/{layer}"], "counts_layer"
-    )
+    parts = [layer, f"{layer}/X"] if layer in ("X", "raw") else [f"layers/{layer}"]
     if entry.counts_layer is None and "counts" not in source.layers:
-        wanted["X"] = "counts_layer"
+        parts.append("X")
+    wanted |= dict.fromkeys(parts, "counts_layer")
     if not source.matrices and not source.unreadable:
         raise ScreenError(
             f"{entry.name}: counts_layer: {path}: expected values in X, raw or a layer, found none (X is null)"

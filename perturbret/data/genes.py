@@ -119,10 +119,6 @@ class SymbolResolver:
         """Approved symbol -> Ensembl id, of genes that have one."""
         return {symbol: identifier for identifier, symbol in self._owners[1].items()}
 
-    def resolve(self, symbol: str, among: Collection[str]) -> str | None:
-        """The name in `among` of the gene `symbol`, or None. For many symbols see `resolve_many`."""
-        return self.resolve_many([symbol], among)["match"].iloc[0]
-
     def resolve_many(self, symbols: Iterable[str], among: Collection[str]) -> pd.DataFrame:
         """The names in `among` of many genes, and how each was found.
 
@@ -327,7 +323,7 @@ GUIDE_START = re.compile(
     r"|(?i:ko|kd|oe|grna|guide)[_\-. ]+(?=[A-Za-z]))"
 )
 _TOKENS = re.compile(r"[^_\-.:|/;,\s()\[\]+&]+")
-# Names that clone libraries gave to loci without a symbol, as RP11-228B15.4: its first part is no gene.
+# Names that clone libraries gave to loci without a symbol, as RP11-228B15.4: its first part is not a gene.
 _CLONE = re.compile(r"^[A-Za-z0-9]+-\d+[A-Z]+\d+(\.\d+)?$")
 
 # Kinds of spelling, from the least to the most that has to be taken away.
@@ -358,7 +354,7 @@ def upper(name: str) -> str:
 
 
 def squashed(name: str) -> str:
-    """`name` without dashes, dots and blanks; as it is where one of them keeps a number apart (KLF1_1 is no KLF11)."""
+    """`name` without dashes, dots and blanks; as it is where one of them keeps a number apart (KLF1_1 is not KLF11)."""
     return name if re.search(r"\d[._\- ]+\d", name) else re.sub(r"[._\- ]+", "", name)
 
 

@@ -176,7 +176,7 @@ def _names(file: Any, group: str) -> list[str]:
 
 
 def _part(file: Any, key: str, unreadable: dict[str, str], *, whole: bool = False) -> Any:
-    """A matrix, left on disk unless `whole`; None where there is none, or none that can be read, which is noted."""
+    """A matrix, left on disk unless `whole`; None where it is missing or unreadable, which is noted."""
     from anndata.io import read_elem, sparse_dataset
 
     try:

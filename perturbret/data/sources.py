@@ -1,7 +1,7 @@
 """Where things lie: entries of datasets and checkpoints, and their files in local folders, in the cache or by download.
 
-A name stands for one checkpoint. Where its files are named with checksums, others are an error; where it is not to be
-had, so is that: no other checkpoint is taken in its place.
+A name stands for one checkpoint: files with other checksums are an error, and so is a checkpoint that cannot be found.
+No other one is taken in its place.
 """
 
 import importlib.util
@@ -50,7 +50,8 @@ class CheckpointNotFound(FileNotFoundError):
     """A checkpoint is not on this machine and cannot be downloaded."""
 
 
-# Types of an entry's values. A validator raises ValueError(what it expects, what else to say of the value).
+# Types of an entry's values. A validator raises ValueError(what it expects, what else to say of the value), and takes
+# its own results and the defaults, since `dataclasses.replace` checks again.
 
 
 def _check_text(value: object, expected: str = "text", pattern: str = r".*\S.*") -> str | None:
@@ -66,14 +67,14 @@ def _text(expected: str, pattern: str) -> Any:
 
 def _check_names(value: object, expected: str = "") -> tuple[str, ...]:
     """A list of names; numbers in it are taken as they are written."""
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple) and (value or value == ()):
         if all(isinstance(name, str | int | float) and not isinstance(name, bool) for name in value):
             return tuple(map(str, value))
     raise ValueError(f"{expected}a list of names, as [a, b]")
 
 
 def _check_genes(value: object) -> tuple[str, ...]:
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple) and (value or value == ()):
         if all(isinstance(gene, str) and gene.strip() for gene in value):
             return tuple(gene.strip() for gene in value)
     raise ValueError("a list of gene symbols")
@@ -91,8 +92,8 @@ def _check_controls(value: object) -> tuple[str, ...] | str | None:
     return _check_names(value) if isinstance(value, list | tuple) else _check_text(value)
 
 
-def _check_unmeasured(value: object) -> tuple[str, ...] | str:
-    return value if value == "accept" else _check_names(value, "'accept' or ")
+def _check_unmeasured(value: object) -> tuple[str, ...] | str | None:
+    return value if value in (None, "accept") else _check_names(value, "'accept' or ")
 
 
 def _groups(pattern: str, expected: str) -> int:
@@ -111,9 +112,9 @@ def _check_strip(value: object) -> bool | str:
     return value
 
 
-def _check_one_group(value: object) -> str:
+def _check_one_group(value: object) -> str | None:
     expected = "a regular expression with one group (...)"
-    found = _groups(_check_text(value, expected), expected)
+    found = 1 if _check_text(value, expected) is None else _groups(value, expected)
     if found != 1:
         raise ValueError(expected, f" with {found}")
     return value
@@ -216,7 +217,7 @@ def checked_entry(kind: type[_Kind], content: Any, *, where: str, nullable: tupl
     Raises
     ------
     EntryError
-        Names `where`, the entry and the key, what was expected and what was got.
+        Names `where`, the entry and the key, what was expected and what was found.
     """
     if not isinstance(content, Mapping):
         raise EntryError(f"{where}: expected a mapping of keys to values, got {type(content).__name__}")
@@ -255,7 +256,7 @@ def read_registry(path: Path, make: Callable[..., _Kind]) -> dict[str, _Kind]:
     FileNotFoundError
         There is no such file.
     EntryError
-        It is no list, or two entries share a name.
+        It is not a list, or two entries share a name.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a YAML file with a list of entries at {path}, found none")
@@ -292,7 +293,7 @@ def read_entry(path: str | Path) -> Entry:
     FileNotFoundError
         There is no such file.
     EntryError
-        It is no YAML, or no entry.
+        It is not YAML, or not an entry.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -354,7 +355,7 @@ def read_yaml(path: Path) -> Any:
     Raises
     ------
     EntryError
-        It is no YAML, or gives a key twice.
+        It is not YAML, or gives a key twice.
     """
     import yaml
 
@@ -435,7 +436,7 @@ def locate(entry: Entry, *, cache: str | Path | None = None) -> Path | None:
     ValueError
         A zip on this machine is damaged or lacks the member.
     NotADirectoryError
-        PERTURBRET_DATA is no directory.
+        PERTURBRET_DATA names something else.
     """
     places = local_places(*_names(entry), package=entry.package_file)
     for place in places:
@@ -476,13 +477,13 @@ def fetch(
     Raises
     ------
     DataNotFound
-        Not on this machine, and not to be had from the network.
+        Not on this machine, and not available from the network.
     DiskFull
         There is no space for it in the cache.
     ChecksumError
         The file on this machine, or the downloaded one, is not the described one.
     ValueError
-        What was downloaded is no h5ad, or no zip with `archive_member` in it.
+        What was downloaded is not an h5ad, or not a zip with `archive_member` in it.
     """
     found = locate(entry, cache=cache)
     if found is not None:
@@ -632,8 +633,7 @@ def find_checkpoint(
     Raises
     ------
     CheckpointNotFound
-        There is no such directory or name; or the named checkpoint is neither on this machine nor to be downloaded; or
-        its directory lacks a file.
+        There is no such directory or name, the named checkpoint cannot be downloaded, or its directory lacks a file.
     ChecksumError
         A file is not the one that the entry describes.
     NotADirectoryError

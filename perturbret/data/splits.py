@@ -120,23 +120,16 @@ def make_split(
     batch = _codes(obs, "batch") if "batch" in obs else np.zeros(len(obs), dtype=np.int64)
 
     cells = [str(cell) for cell in obs.index]
-    place, order = _draw(condition, batch, cells, f"{track}\0query")
-    by_place = np.lexsort((order, place, condition))
-    _, rank, size = _groups(condition[by_place])
+    rank, size = _draw(condition, batch, cells, f"{track}\0query")
     n_train, n_val, _ = _largest_remainder(size, fractions).T
-    is_query, goal = np.empty(len(obs), dtype=bool), np.empty(len(obs), dtype=np.int64)
-    is_query[by_place] = rank >= n_train + n_val
-    goal[by_place] = n_train if fractions[1] else size
+    is_query = rank >= n_train + n_val
     if groups is not None:
         is_query = _as_one(is_query, cells, groups, condition, f"{track}\0query")
 
     rest = np.flatnonzero(~is_query)
     others = [cells[i] for i in rest]
-    place, inner_order = _draw(condition[rest], batch[rest], others, f"{track}\0{seed}")
-    by_place = np.lexsort((inner_order, place, condition[rest]))
-    _, rank, _ = _groups(condition[rest][by_place])
-    is_val = np.empty(len(rest), dtype=bool)
-    is_val[by_place] = rank >= goal[rest][by_place]
+    rank, _ = _draw(condition[rest], batch[rest], others, f"{track}\0{seed}")
+    is_val = rank >= (n_train if fractions[1] else size)[rest]
     if groups is not None:
         is_val = _as_one(is_val, others, groups[rest], condition[rest], f"{track}\0{seed}")
     roles = np.full(len(obs), "query", dtype=object)
@@ -145,18 +138,19 @@ def make_split(
 
 
 def _draw(condition, batch, cells: list[str], salt: str) -> tuple[np.ndarray, np.ndarray]:
-    """Place of each cell within its condition, in [0, 1), and the random number that orders equal ones.
+    """Rank of each cell within its condition, in a random order that mixes batches, and the condition's size.
 
     Systematic sampling: the r-th of m cells of a batch stands at (r + random start) / m, so that any stretch of
     [0, 1) holds about the same share of every batch.
     """
     order, start = _numbers(cells, salt)
-    start = start / 2.0**64
     by_batch = np.lexsort((order, batch, condition))
     first, rank, size = _groups(condition[by_batch], batch[by_batch])
     place = np.empty(len(cells))
-    place[by_batch] = (rank + start[by_batch][first]) / size
-    return place, order
+    place[by_batch] = (rank + start[by_batch][first] / 2.0**64) / size
+    by_place = np.lexsort((order, place, condition))
+    _, rank[by_place], size[by_place] = _groups(condition[by_place])
+    return rank, size
 
 
 def _as_one(

@@ -222,7 +222,7 @@ class _Panel:
     def _near(self, name: str, known, own: set[int]) -> list[tuple[int, str]]:
         hits: dict[int, str] = {}
         if known:
-            # Another gene's column is no spelling of a known gene: only names that HGNC does not know can be.
+            # A column of another gene cannot be a spelling of a known gene: only names unknown to HGNC can.
             bare = re.sub(r"[._\- ]", "", name)
             for key in (name.casefold(), bare.casefold(), *(gene.casefold() for gene in known)):
                 for column, kind in self.parts.get(key, ()):

@@ -112,7 +112,7 @@ def download(
     ChecksumError
         The content is not what `sha256` or the record says.
     ValueError
-        The content is no h5ad, or no zip with that member.
+        The content is not an h5ad, or not a zip with that member.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f".download-{os.getpid()}-{threading.get_ident()}"
@@ -167,7 +167,7 @@ def extract(archive: Path, member: str, target: Path) -> Path:
     Raises
     ------
     ValueError
-        The file is no whole, unencrypted zip, or `member` is not a file in it.
+        The file is not a whole, unencrypted zip, or `member` is not a file in it.
     DiskFull
         The disk has not enough space.
     """
@@ -225,7 +225,7 @@ def _limited(work: Callable[[threading.Event], None], timeout: float | None) -> 
 
 
 class _Bar(tqdm):
-    """The progress bar that pooch drives; also where a download that nobody waits for any more ends."""
+    """The progress bar that pooch drives; it also ends a download whose caller has given up."""
 
     stop: threading.Event
 

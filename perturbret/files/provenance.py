@@ -37,7 +37,7 @@ def code_hash(*starts: str, source: str = "", without: Collection[str] = ()) -> 
     Raises
     ------
     ValueError
-        A start is no module or definition of the package.
+        A start is not a module or definition of the package.
     """
     kept = {start.partition(":")[0] for start in starts}
     waiting = [(module, name) for module, _, name in (start.partition(":") for start in starts)]
