@@ -119,7 +119,7 @@ class Ranking:
 
     def of_exact(self, values: np.ndarray, absent: float = 0.0) -> np.ndarray:
         """Of values (entries,) those of the candidates of relevance 2, (q,); `absent` for a query without one."""
-        exact, column = self.level == 2, np.full(len(self.scores), absent)
+        exact, column = self.level == 2, np.full(len(self.scores), float(absent))
         column[self.row[exact]] = values[exact]
         return column
 
