@@ -1,5 +1,6 @@
 """The workflow: resume after a kill, failures kept and named, nothing run before everything is checked."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -17,7 +18,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pages import external_requests, missing_anchors
 
-from perturbret.data.sources import make_entry
+from perturbret.data.sources import load_registry, make_entry
+from perturbret.runs.pipeline import fitting_code
+from perturbret.workflow.grid import load_grid
 from perturbret.workflow.snakemake import (
     RULES,
     Progress,
@@ -26,6 +29,7 @@ from perturbret.workflow.snakemake import (
     duration,
     exclusive,
     find_profile,
+    make_plan,
     notebook_code,
     planned,
 )
@@ -324,6 +328,19 @@ def test_a_notebook_is_known_by_the_code_that_it_runs(tmp_path):
     source = "from perturbret.data.splits import make_split\nmake_split()"
     assert code(source) == code(f"%matplotlib inline\n{source}") == code(f"# why\n{source}")
     assert len({code(source), code(f"{source}\n1"), code("pass"), code("pass", "markdown")}) == 4
+
+
+def test_a_run_is_known_by_the_code_that_fits_its_method(tmp_path):
+    entry = load_registry()["simulated"]
+    grid = load_grid(ROOT / "params" / "ablation.yaml", entry)
+    plan = make_plan(entry, grid, file=None, workdir=tmp_path, notebooks=ROOT / "notebooks")
+    codes = {run["recipe"]: run["fitting_code"] for run in plan["runs"].values()}
+    assert codes["pca"] == fitting_code("pca") != codes["mlp"] == fitting_code("mlp")
+    assert codes["scgpt_head"] == codes["scgpt_full"] == fitting_code("scgpt")
+    unknown = dataclasses.replace(grid.runs[0], parameters={"encoder": "good"})
+    grid = dataclasses.replace(grid, runs=(unknown,))
+    plan = make_plan(entry, grid, file=None, workdir=tmp_path, notebooks=ROOT / "notebooks")
+    assert [run["fitting_code"] for run in plan["runs"].values()] == [""]
 
 
 def test_the_stamp_follows_the_data_not_the_place(tmp_path):

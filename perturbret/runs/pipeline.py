@@ -239,17 +239,24 @@ def fit_code(params: dict, made: str = "") -> str:
     made : the hash of a fit that is there. A checkpoint that is no longer on this machine counts as what it was then:
         to judge what was fitted, nobody needs it.
     """
-    family = NETWORKS.get(params["encoder"])
+    code, family = fitting_code(params["encoder"]), NETWORKS.get(params["encoder"])
     if family is None:
-        return _code(*fit_functions(params["encoder"]))
+        return code
     checkpoints = params["search"].get("checkpoint")
     if not isinstance(checkpoints, list):
         checkpoints = [(params.get("settings") or {}).get("checkpoint", family.settings().checkpoint)]
     # Other weights under the same name are another start.
     then = made.split("-")[1:] if made else []
     known = then if len(then) == len(checkpoints) else [""] * len(checkpoints)
-    code = _code("networks.fit:fit_network", family.backbone_at, family.settings_at)
     return "-".join([code, *map(_start, checkpoints, known)])
+
+
+def fitting_code(encoder: str) -> str:
+    """Hash of the code that fits encoders of this kind or network family. ValueError for an unknown one."""
+    family = NETWORKS.get(encoder)
+    if family is None:
+        return _code(*fit_functions(encoder))
+    return _code("networks.fit:fit_network", family.backbone_at, family.settings_at)
 
 
 def _start(checkpoint: str, known: str) -> str:

@@ -22,7 +22,8 @@ from ..files.atomic import no_space, write_json
 from ..files.downloads import sha256_of
 from ..files.places import CHECKOUT
 from ..files.provenance import code_hash
-from .grid import AUDIT, EVALUATION, REPORT, VOCAB, Grid, load_grid
+from ..runs.pipeline import fitting_code
+from .grid import AUDIT, EVALUATION, REPORT, VOCAB, Grid, PlannedRun, load_grid
 from .index import write_index
 from .parameters import declared_parameters
 from .superseded import supersede
@@ -259,9 +260,20 @@ def make_plan(entry: Entry, grid: Grid, *, file: Path | None, workdir: Path, not
         "audit": dict(grid.audit),
         "vocab": dict(grid.vocab),
         "report": dict(grid.report),
-        "runs": {run.name: asdict(run) for run in grid.runs},
+        "runs": {
+            run.name: {**asdict(run), "fitting_code": _fitting_code(run, notebooks)} for run in grid.runs
+        },
         "evaluated": [],
     }
+
+
+def _fitting_code(run: PlannedRun, notebooks: Path) -> str:
+    """Hash of the code that fits a run's method, which notebooks call by name; empty where they will refuse it."""
+    default = declared_parameters(notebooks / f"{run.notebook}.ipynb").get("encoder", "")
+    try:
+        return fitting_code(run.parameters.get("encoder", default))
+    except ValueError:
+        return ""
 
 
 def data_stamp(entry: Entry, file: Path | None) -> str:
