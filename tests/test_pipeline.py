@@ -140,7 +140,7 @@ def test_a_fitted_run_leaves_its_artifacts(fitted, screen, tiny_checkpoint):
     cells = run.prepared.cells.take(np.arange(20))
     assert np.abs(null.embed(cells) - encoder.embed(cells)).max() > 1e-3
     # What notebook 04 shows of it.
-    best = training_report.best_epoch(training_report.read_history(run))
+    best = training_report.best_epoch(pipeline.fit(run).history)
     assert [best["epoch"]] == fit["chosen"]["stop_epochs"]
     table = training_report.proof_table(run)
     assert list(table) == ["member0"] and table["member0"].iloc[-1] == "yes"
@@ -224,7 +224,7 @@ def test_other_weights_at_the_same_path_are_another_start(screen, tiny_prepared,
     no_fit()
     fit_run(run)
     # A mode that trains nothing has no curves, and its proof is that of saving.
-    assert training_report.read_history(run) is None and len(training_report.gradient_table(run)) == 0
+    assert pipeline.fit(run).history is None and len(training_report.gradient_table(run)) == 0
     assert training_report.proof_table(run).index.tolist() == ["saved and loaded again: equal bit for bit"]
     assert training_report.proof_table(run).iloc[0].tolist() == ["yes"]
 

@@ -61,6 +61,11 @@ class Context:
                     f"evaluate with the same {name}, or declare the ablation {[name]}"
                 )
 
+    def check_genes(self, cells: "Cells") -> None:
+        """ValueError where the cells have another number of genes than those the encoder was fitted on."""
+        if cells.counts.shape[1] != self.n_genes:
+            raise ValueError(f"cells: expected {self.n_genes} genes, got {cells.counts.shape[1]}")
+
 
 @dataclass(frozen=True)
 class Cells:

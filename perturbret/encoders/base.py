@@ -199,8 +199,7 @@ class Encoder:
         ValueError
             The cells have another number of genes than those the encoder was fitted on.
         """
-        if cells.counts.shape[1] != self.context.n_genes:
-            raise ValueError(f"cells: expected {self.context.n_genes} genes, got {cells.counts.shape[1]}")
+        self.context.check_genes(cells)
         widths = [layer.width for layer in self.layers]
         step = max(64, _CHUNK_VALUES // max([512, *widths]))
         starts = range(0, max(len(cells), 1), step)

@@ -68,8 +68,7 @@ class TunedEncoder:
         ValueError
             The cells have another number of genes than those the encoder was fitted on.
         """
-        if cells.counts.shape[1] != self.context.n_genes:
-            raise ValueError(f"cells: expected {self.context.n_genes} genes, got {cells.counts.shape[1]}")
+        self.context.check_genes(cells)
         inputs = self.backbone.inputs(cells, directory=self.cache)
         options = {"normalise": False, "pooling": self.options.pooling, "precision": self.options.precision}
         found, parts = {}, []

@@ -11,12 +11,6 @@ COLOURS = {"loss": "#8a8a8a", "val_loss": "#1b6ca8", "grad_backbone": "#c1440e",
 LABELS = {"loss": "training", "val_loss": "validation", "grad_backbone": "network", "grad_head": "head"}
 
 
-def read_history(run: Run) -> pd.DataFrame | None:
-    """history.csv of a run; None for a mode that trains nothing."""
-    path = run.directory / "history.csv"
-    return pd.read_csv(path) if path.exists() else None
-
-
 def training_curves(history: pd.DataFrame, chance: float) -> Figure:
     """Loss, validation exact_hit@1 and gradient norms over epochs, a line per member; the kept epoch is marked."""
     figure, (left, middle, right) = new_figure(10.5, 3.2, columns=3)
