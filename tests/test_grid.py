@@ -182,7 +182,7 @@ def test_what_is_wrong_is_named(grid, text, recipes, error, said):
         grid(text, recipes)
 
 
-@pytest.mark.parametrize(("name", "runs"), [("norman_subset", 105), ("thp1", 108), ("simulated", 113)])
+@pytest.mark.parametrize(("name", "runs"), [("norman_subset", 101), ("thp1", 104), ("simulated", 109)])
 def test_the_default_grid_fits_the_notebooks(name, runs):
     found = load_grid(ROOT / "params" / "ablation.yaml", load_registry()[name])
     assert len(found.runs) == runs

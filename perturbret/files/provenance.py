@@ -4,7 +4,7 @@ import ast
 import hashlib
 import platform
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -47,8 +47,9 @@ def code_hash(*starts: str, source: str = "", without: Collection[str] = ()) -> 
     texts = set()
     if source:
         outer = _Module("", source)
-        texts |= {ast.unparse(statement) for statement in outer.statements()}
-        waiting += outer.mentioned(outer.statements())
+        for statement in outer.statements():
+            waiting += outer.mentioned(statement)
+            texts.add(outer.text(statement))
     seen = set()
     while waiting:
         module, name = waiting.pop()
@@ -59,9 +60,9 @@ def code_hash(*starts: str, source: str = "", without: Collection[str] = ()) -> 
         found = _module(module)
         if name and name in found.imported:  # handed on, as by a room's __init__
             waiting.append(found.imported[name])
-        statements = found.statements(name)
-        waiting += found.mentioned(statements)
-        texts |= {f"{module}: {ast.unparse(statement)}" for statement in statements}
+        for statement in found.statements(name):
+            waiting += found.mentioned(statement)
+            texts.add(f"{module}: {found.text(statement)}")
     digest = hashlib.sha256("\0".join(sorted(texts)).encode())
     for path in data_files():
         if any(path.name in text for text in texts):
@@ -89,13 +90,17 @@ class _Module:
         self.name = name
         self.defined: dict[str, list[ast.stmt]] = {"": []}
         self.imported: dict[str, tuple[str, str]] = {}
+        self._texts: dict[ast.stmt, str] = {}
+        self._mentioned: dict[ast.stmt, list[tuple[str, str]]] = {}
         tree = _without_docstrings(ast.parse(source))
-        for node in ast.walk(tree):
+        for node in _statements(tree.body):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self._note(node)
-            elif isinstance(node, ast.keyword) and node.arg == "submod_attrs":  # a room's door
-                for module, names in ast.literal_eval(node.value).items():
-                    self.imported |= {each: (f"{name}.{module}", each) for each in names}
+        if _path(name).name == "__init__.py":
+            for node in ast.walk(tree):
+                if isinstance(node, ast.keyword) and node.arg == "submod_attrs":  # a room's door
+                    for module, names in ast.literal_eval(node.value).items():
+                        self.imported |= {each: (f"{name}.{module}", each) for each in names}
         for statement in tree.body:
             if not isinstance(statement, ast.Import | ast.ImportFrom):
                 for bound in _bound(statement) | self._registers(statement) or {""}:
@@ -139,9 +144,19 @@ class _Module:
             return [*self.defined.get(name, []), *self.defined[""]]
         return [statement for statements in self.defined.values() for statement in statements]
 
-    def mentioned(self, statements: list[ast.stmt]) -> list[tuple[str, str]]:
-        """(module, name) of everything of the package that the statements name; an empty name is a whole module."""
-        nodes = [node for statement in statements for node in ast.walk(statement)]
+    def text(self, statement: ast.stmt) -> str:
+        """A statement's code in one layout."""
+        if statement not in self._texts:
+            self._texts[statement] = ast.unparse(statement)
+        return self._texts[statement]
+
+    def mentioned(self, statement: ast.stmt) -> list[tuple[str, str]]:
+        """(module, name) of everything of the package that a statement names; an empty name is a whole module."""
+        if statement not in self._mentioned:
+            self._mentioned[statement] = self._find_mentioned(list(ast.walk(statement)))
+        return self._mentioned[statement]
+
+    def _find_mentioned(self, nodes: list[ast.AST]) -> list[tuple[str, str]]:
         members = {}  # metrics.chance stands for `chance`, where metrics is a module
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -180,11 +195,19 @@ def _bound(statement: ast.stmt) -> set[str]:
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
+    for node in [tree, *_statements(tree.body)]:
         described = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if described and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
     return tree
+
+
+def _statements(body: list[ast.AST]) -> Iterator[ast.AST]:
+    """Statements at any depth, without looking into expressions, which is most of a walk."""
+    for node in body:
+        yield node
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from _statements(getattr(node, part, []))
 
 
 def directory_hash(directory: Path) -> str:

@@ -66,14 +66,8 @@ def confusions(scores: pd.DataFrame, n: int = 10) -> pd.DataFrame:
 
 def embedding_map(embeddings: np.ndarray, conditions: np.ndarray) -> Figure:
     """The first two principal components of embeddings (n, d), the conditions with most cells in colour."""
-    from sklearn.decomposition import PCA
-
-    centred = np.nan_to_num(embeddings - embeddings.mean(axis=0))
-    places, shares = np.zeros((len(centred), 2)), np.zeros(2)
-    n = min(2, *centred.shape)
-    if centred.any():
-        found = PCA(n, svd_solver="randomized", random_state=0).fit(centred)
-        places[:, :n], shares[:n] = found.transform(centred), found.explained_variance_ratio_
+    centred = np.nan_to_num(embeddings - embeddings.mean(axis=0)).astype(float)
+    places, shares = _principal_components(centred)
     counts = pd.Series(conditions).value_counts()
     coloured = sorted(counts.index[:_COLOURS])
     figure, (axis,) = new_figure(7.5, 4.2)
@@ -90,3 +84,18 @@ def embedding_map(embeddings: np.ndarray, conditions: np.ndarray) -> Figure:
     )
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _principal_components(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First two principal components (n, 2) of centred rows (n, d), and their shares of the variance.
+
+    By the Gram matrix of the shorter side: to import scikit-learn for this takes longer than most fits.
+    """
+    wide = centred.shape[1] > len(centred)
+    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    first = np.argsort(values)[::-1][:2]
+    places, shares = np.zeros((len(centred), 2)), np.zeros(2)
+    found = vectors[:, first] * np.sqrt(np.maximum(values[first], 0)) if wide else centred @ vectors[:, first]
+    places[:, : len(first)] = found
+    shares[: len(first)] = np.maximum(values[first], 0) / max(np.sum(np.maximum(values, 0)), np.finfo(float).tiny)
+    return places, shares

@@ -95,7 +95,10 @@ class GeneEncoder(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.embedding = nn.Embedding(shape.n_tokens, shape.d_model, padding_idx=shape.pad_id)
+        # Where nothing is initialised, torch would import its compiler (2 s) to do so.
+        meta = torch.get_default_device().type == "meta"
+        given = {"_weight": torch.empty(shape.n_tokens, shape.d_model)} if meta else {}
+        self.embedding = nn.Embedding(shape.n_tokens, shape.d_model, padding_idx=shape.pad_id, **given)
         self.enc_norm = nn.LayerNorm(shape.d_model)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 

@@ -126,6 +126,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], directo
             cwd=str(notebook.parent),
             progress_bar=False,
             kernel_manager_class=_kernel_manager(str(directory)),
+            shutdown_kernel="immediate",  # all is done by then; to be asked to leave takes a kernel half a second
         )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}".strip().partition("\n")[0]
@@ -144,7 +145,9 @@ def _kernel_manager(directory: str) -> type:
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    # Figures lay themselves out: to be cropped, each would be drawn a second time.
+    uncropped = "--InlineBackend.print_figure_kwargs={'bbox_inches': None}"
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", uncropped]
 
     class CurrentPython(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=argv, display_name="Python 3", language="python")
