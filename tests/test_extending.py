@@ -19,8 +19,8 @@ import ast, sys
 import toy
 from perturbret.runs.pipeline import evaluate_run
 from perturbret.runs.runs import open_run
-encoder, settings, outputs = sys.argv[1:]
-run = open_run(toy.tiny_screen(), encoder=encoder, mask="all_targets", seed=0, outputs=outputs,
+encoder, settings, track, outputs = sys.argv[1:]
+run = open_run(toy.tiny_screen(), encoder=encoder, mask="all_targets", seed=0, track=track, outputs=outputs,
     settings=ast.literal_eval(settings))
 evaluate_run(run, libraries=["mean"], query_sizes=[1], poolings=["scores"], n_resamples=20)
 print(run.directory)
@@ -60,9 +60,9 @@ def extended(tmp_path_factory):
 def judged(extended, tmp_path):
     """Fit and judge one run with the copy; its directory."""
 
-    def run(encoder, settings=None, plugins=""):
+    def run(encoder, settings=None, plugins="", track="in_dist"):
         done = subprocess.run(
-            [sys.executable, "-c", RUN, encoder, repr(settings), str(tmp_path)],
+            [sys.executable, "-c", RUN, encoder, repr(settings), track, str(tmp_path)],
             cwd=extended,
             env={
                 **os.environ,
@@ -111,3 +111,11 @@ def test_the_network_family_is_trained_proved_and_judged(judged, mode):
     assert directory.name == f"dense_{mode}-all_targets-seed0"
     assert len(pd.read_csv(directory / "summary.csv"))
     assert (directory / "history.csv").exists() == (mode != "frozen")
+
+
+def test_the_track_asks_about_the_cells_it_names(judged, extended):
+    directory = judged("mean_shift", plugins=str(extended / "other_depth.py"), track="other_depth")
+    assert directory.name == "mean_shift-all_targets-seed0-other_depth"
+    roles = pd.read_parquet(directory.parent / "splits" / "other_depth-seed0.parquet")["role"]
+    assert roles.value_counts(normalize=True)["query"] == pytest.approx(0.2, abs=0.05)
+    assert len(pd.read_csv(directory / "summary.csv"))

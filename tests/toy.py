@@ -209,3 +209,16 @@ def run_two(script, *arguments):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+
+
+def labelled(obs, groups=None):
+    """Names and labels as a track gets them."""
+    from perturbret.data.tracks import Labelled
+
+    return Labelled(obs, groups)
+
+
+def environment(**changes):
+    """Of a new process that finds this package."""
+    path = [str(ROOT), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **changes}

@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "sources": ["Entry", "find_entry", "load_registry", "make_entry"],
         "splits": ["Split", "get_split", "make_split"],
         "targets": ["match_targets"],
+        "tracks": ["TRACKS", "Track", "track", "uniform"],
     },
 )

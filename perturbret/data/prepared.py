@@ -12,6 +12,7 @@ from .conditions import CTRL
 from .masking import mask_counts, mask_totals
 from .screen import Screen
 from .splits import Split
+from .tracks import find_track
 
 # Role of training cells whose labels are put aside, to see what fewer labels do.
 UNLABELLED = "unlabelled"
@@ -142,6 +143,8 @@ class Prepared:
     context : Context
     truth : object or None
         Generating parameters of a simulated screen.
+    candidate_set : str
+        Under which the track is read: `Track.candidates`.
     """
 
     cells: Cells
@@ -151,6 +154,7 @@ class Prepared:
     columns: Mapping[str, np.ndarray]
     context: Context
     truth: object | None = None
+    candidate_set: str = "train"
 
     def where(self, role: str, *, controls: bool = False) -> np.ndarray:
         """Positions of the cells in `role`; control cells only when `controls`."""
@@ -222,7 +226,16 @@ def prepare(
         train_share=float(train_share),
         cells_hash=_hash_cells(cells, labels, roles, screen.target_columns),
     )
-    return Prepared(cells, labels, roles, candidates, screen.target_columns, context, screen.truth)
+    return Prepared(
+        cells,
+        labels,
+        roles,
+        candidates,
+        screen.target_columns,
+        context,
+        screen.truth,
+        find_track(split.track).candidates,
+    )
 
 
 def _hash_cells(cells: Cells, labels: np.ndarray, roles: np.ndarray, columns: Mapping) -> str:

@@ -123,16 +123,16 @@ def fit_mlp(training: Training, grid: list[dict]) -> Iterator[Encoder | Average]
         features = {"target_sum": chosen["target_sum"]}
         members, epochs = [], chosen.get("epochs")
         for number in range(1 if training.draft else chosen.get("members", 1)):
-            made = train_network(
-                training.features("log1p", **features),
-                training.labels,
-                len(training.classes),
-                hidden=chosen["hidden"],
-                weight_decay=chosen["weight_decay"],
-                seed=training.seed + _SEEDS_APART * number,
-                epochs=epochs,
-                validation=None if epochs else training.validation("log1p", **features),
-            )
+            values, classes = training.features("log1p", **features), training.labels
+            options = {"hidden": chosen["hidden"], "weight_decay": chosen["weight_decay"]}
+            options |= {"n_classes": len(training.classes), "seed": training.seed + _SEEDS_APART * number}
+            validation = None if epochs else training.validation("log1p", **features)
+            if validation and not len(validation[1]):
+                # No validation cell is of a trained condition: epochs are chosen on every sixth training cell.
+                aside = np.arange(len(classes)) % 6 == 0
+                parts, validation = (values[~aside], classes[~aside]), (values[aside], classes[aside])
+                epochs, validation = train_network(*parts, **options, validation=validation).epochs, None
+            made = train_network(values, classes, **options, epochs=epochs, validation=validation)
             epochs = made.epochs
             layers = (Layer(made.weights[0], made.biases[0], relu=True),)
             head = Layer(made.weights[1], made.biases[1])

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..data.conditions import CTRL
 from ..data.prepared import Prepared
 from .metrics import (
     chance,
@@ -19,7 +18,7 @@ from .metrics import (
 )
 from .nulls import ALPHAS, detectable_leak, luck, luck_p_values
 from .retrieval import LIBRARY_KINDS
-from .scoring import ALL_SCORINGS, LIBRARY_ROLES, POOLINGS, Scored, candidate_names, score_queries
+from .scoring import ALL_SCORINGS, POOLINGS, Scored, candidate_names, library_cells, score_queries
 from .stats import AVERAGES, cluster_bootstrap, cluster_mean, query_bootstrap
 
 QUERY_SIZES = (1, 5, 10, 20, 50)
@@ -35,7 +34,7 @@ def evaluate(
     query_sizes: Sequence[int] = QUERY_SIZES,
     poolings: Sequence[str] = POOLINGS,
     scorings: Sequence[str] = ALL_SCORINGS,
-    candidates: str = "train",
+    candidates: str = "",
     seed: int = 0,
     ablation: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -61,8 +60,9 @@ def evaluate(
         embedded.
     scorings : sequence of str
         `classifier_corrected` is log p - log prior, summed over the cells of a query.
-    candidates : {'train', 'observed'}
-        Rank the conditions with training cells, or those with gallery cells too.
+    candidates : {'train', 'observed'}, optional
+        Rank the conditions with training cells, or those with gallery cells too; by default as the track is read
+        (`Prepared.candidate_set`).
     seed : int
         Of the pseudo-bulks and the bootstrap library: the same for all encoders that are compared.
     ablation : sequence of str
@@ -87,7 +87,8 @@ def evaluate(
         that it has no class for.
     """
     encoder.context.check(prepared.context, ablation)
-    names = candidate_names(prepared, candidates)
+    candidates = candidates or prepared.candidate_set
+    names = candidate_names(prepared, candidates, role)
     scored = score_queries(
         encoder,
         prepared,
@@ -100,7 +101,7 @@ def evaluate(
         seed=seed,
     )
     tables, of_size = [], {}
-    in_batch = _conditions_by_batch(prepared, candidates)
+    in_batch = _conditions_by_batch(prepared, library_cells(prepared, candidates, role))
     for readout in scored:
         queries = readout.queries
         if queries.size not in of_size:
@@ -204,7 +205,7 @@ def null_control(
     role: str = "query",
     libraries: Sequence[str] = LIBRARY_KINDS,
     scorings: Sequence[str] = ALL_SCORINGS,
-    candidates: str = "train",
+    candidates: str = "",
     seed: int = 0,
     n_resamples: int = 1000,
     n_permutations: int = 9999,
@@ -235,6 +236,7 @@ def null_control(
         pipeline gave the labels away.
     """
     encoder.context.check(prepared.context)
+    candidates = candidates or prepared.candidate_set
     readouts = list(
         score_queries(
             encoder,
@@ -249,7 +251,7 @@ def null_control(
         )
     )
     queries = readouts[0].queries
-    column = {name: i for i, name in enumerate(candidate_names(prepared, candidates))}
+    column = {name: i for i, name in enumerate(candidate_names(prepared, candidates, role))}
     true = np.array([column.get(condition, -1) for condition in queries.conditions])
     tops = [rank_top(readout.scores) for readout in readouts]
     hits = [np.where(true >= 0, top[np.arange(len(true)), true], 0.0) for top in tops]
@@ -293,11 +295,10 @@ def _null_metrics(readouts: list[Scored], names: list[str], shuffles: dict) -> d
     return table
 
 
-def _conditions_by_batch(prepared: Prepared, candidates: str) -> dict[str, np.ndarray]:
+def _conditions_by_batch(prepared: Prepared, cells: np.ndarray) -> dict[str, np.ndarray]:
     """Sorted conditions with library cells in each batch; empty where the screen names no batches."""
     if prepared.cells.batch is None:
         return {}
-    cells = np.isin(prepared.roles, LIBRARY_ROLES[candidates]) & (prepared.conditions != CTRL)
     table = pd.DataFrame({"batch": prepared.cells.batch[cells], "condition": prepared.conditions[cells]})
     return {str(name): np.unique(part.to_numpy(str)) for name, part in table.groupby("batch")["condition"]}
 

@@ -176,9 +176,9 @@ class _Block:
     embeddings: np.ndarray | None
 
 
-def candidate_names(prepared: Prepared, candidates: str) -> tuple[str, ...]:
-    """Sorted conditions of a candidate set: those with cells in the roles of `LIBRARY_ROLES`."""
-    return tuple(np.unique(prepared.conditions[_library_cells(prepared, candidates)]).tolist())
+def candidate_names(prepared: Prepared, candidates: str, role: str) -> tuple[str, ...]:
+    """Sorted conditions that queries of a role are ranked among: those of `library_cells`."""
+    return tuple(np.unique(prepared.conditions[library_cells(prepared, candidates, role)]).tolist())
 
 
 def score_queries(
@@ -195,7 +195,8 @@ def score_queries(
 ) -> Iterator[Scored]:
     """The scores behind `evaluate.evaluate`, one read-out at a time; parameters and errors as there.
 
-    Columns of the scores: `candidate_names(prepared, candidates)`.
+    Columns of the scores: `candidate_names(prepared, candidates, role)`. Where there are candidates that a classifier
+    was not trained on, it has no scoring of its own, and its embeddings are scored as any others.
     """
     for name, asked, known in (
         ("libraries", libraries, LIBRARY_KINDS),
@@ -207,20 +208,23 @@ def score_queries(
             raise ValueError(
                 f"{name}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
             )
-    names = candidate_names(prepared, candidates)
+    names = candidate_names(prepared, candidates, role)
     by_library = [scoring for scoring in LIBRARY_SCORINGS if scoring in scorings]
     offered = {
         "classifier": encoder.head is not None,
         "classifier_corrected": encoder.head is not None and encoder.log_prior is not None,
     }
     by_class = [scoring for scoring in CLASSIFIER_SCORINGS if scoring in scorings and offered[scoring]]
+    if by_library and not set(names) <= set(encoder.classes):
+        by_class = []
     if not by_library and not by_class:
         raise ValueError(
             f"scorings: encoder {encoder.kind!r} has no classifier, got only {', '.join(scorings)}"
         )
     blocks = _make_blocks(encoder, prepared, role, query_sizes, poolings, seed)
     if by_library:
-        yield from _by_library(encoder, prepared, blocks, by_library, libraries, candidates, seed)
+        library = library_cells(prepared, candidates, role)
+        yield from _by_library(encoder, prepared, blocks, by_library, libraries, library, seed)
     if by_class:
         log_probas = [encoder.log_proba(block.embeddings) for block in blocks if block.embeddings is not None]
         for scoring in by_class:
@@ -263,10 +267,9 @@ def _by_library(
     blocks: list[_Block],
     scorings: Sequence[str],
     libraries: Sequence[str],
-    candidates: str,
+    cells: np.ndarray,
     seed: int,
 ) -> Iterator[Scored]:
-    cells = _library_cells(prepared, candidates)
     conditions, train = prepared.conditions[cells], prepared.roles[cells] == "train"
     embeddings = encoder.embed(prepared.cells.take(cells))
     built = [build_library(embeddings, conditions, kind=kind, seed=seed) for kind in libraries]
@@ -296,10 +299,18 @@ def _pooled(
             yield Scored(library, scoring, block.pooling, block.queries, found)
 
 
-def _library_cells(prepared: Prepared, candidates: str) -> np.ndarray:
+def library_cells(prepared: Prepared, candidates: str, role: str) -> np.ndarray:
+    """Positions of the cells that make the library for queries of `role`, by condition and name.
+
+    For validation cells, of conditions held out for validation and of none that are held out for queries.
+    """
     if candidates not in LIBRARY_ROLES:
         raise ValueError(f"candidates: expected one of {', '.join(LIBRARY_ROLES)}, got {candidates!r}")
-    cells = np.concatenate([prepared.where(role) for role in LIBRARY_ROLES[candidates]])
+    cells = np.concatenate([prepared.where(each) for each in LIBRARY_ROLES[candidates]])
+    if role == "val":
+        asked = np.unique(prepared.conditions[prepared.where("val")])
+        known = (prepared.roles[cells] == "train") | np.isin(prepared.conditions[cells], asked)
+        cells = cells[known]
     if not len(cells):
         raise ValueError(
             f"candidates: expected cells in roles {LIBRARY_ROLES[candidates]}, found none but controls"

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ..data.prepared import Prepared
 from .metrics import rank_top
+from .retrieval import LIBRARY_SCORINGS
 from .scoring import candidate_names, score_queries
 
 # Read-outs that settings are compared by, the preferred one of equals first.
@@ -44,10 +45,21 @@ class Fitted:
     wall_s: float = 0.0
 
 
+def can_choose(prepared: Prepared) -> bool:
+    """Whether a validation cell can be ranked right: one of a condition among the candidates."""
+    conditions = prepared.conditions[prepared.where("val")]
+    return bool(len(conditions)) and bool(
+        np.isin(conditions, candidate_names(prepared, prepared.candidate_set, "val")).any()
+    )
+
+
 def best_readout(
     encoder, prepared: Prepared, *, seed: int, scorings: Sequence[str] = SELECTION_SCORINGS
 ) -> tuple[str, float]:
     """The best read-out of single validation cells with a mean library, and its exact_hit@1.
+
+    Among the candidates that the track is read under; where its validation cells are of conditions that no fit has seen,
+    a classifier has no class for them, and is judged by cosine to its embeddings.
 
     Parameters
     ----------
@@ -61,16 +73,18 @@ def best_readout(
     Returns
     -------
     readout : str
-        `none` where no validation cell has a condition that was trained.
+        `none` where no validation cell has a condition among the candidates.
     hit : float
         NaN then.
     """
     validation = prepared.where("val")
-    if not np.isin(prepared.conditions[validation], prepared.candidates).any():
+    if not can_choose(prepared):
         return "none", np.nan
+    names = np.array(candidate_names(prepared, prepared.candidate_set, "val"))
+    if not set(names) <= set(encoder.classes):
+        scorings = [scoring for scoring in scorings if scoring in LIBRARY_SCORINGS] or ["cosine"]
     if encoder.embed(prepared.cells.take(validation[:1])).shape[1] > _MAX_WHITENED:
         scorings = [scoring for scoring in scorings if scoring != "whitened"]
-    names = np.array(candidate_names(prepared, "train"))
     hits = {}
     for scored in score_queries(
         encoder,
@@ -80,7 +94,7 @@ def best_readout(
         query_sizes=(1,),
         poolings=("scores",),
         scorings=scorings,
-        candidates="train",
+        candidates=prepared.candidate_set,
         seed=seed,
     ):
         same = np.asarray(scored.queries.conditions, str)[:, None] == names

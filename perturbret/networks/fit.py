@@ -13,7 +13,7 @@ import torch
 
 from ..data.prepared import Prepared
 from ..evaluation.scoring import by_name
-from ..evaluation.validation import Fitted, best_readout
+from ..evaluation.validation import Fitted, best_readout, can_choose
 from .backbone import Backbone, Inputs
 from .embedding import cached_embed, fingerprint, run_lower
 from .encoder import TunedEncoder, build_network
@@ -77,10 +77,8 @@ def fit_network(
         encoder, history, checks = _fit(family, prepared, options, seed, stops, cache, state, report)
         row = {**_row(options, search), "epochs": _epochs(stops), "exact_hit@1": np.nan, "chosen": True}
         return Fitted(encoder, pd.DataFrame([row]), dict(fixed), history, checks)
-    if not np.isin(prepared.conditions[prepared.where("val")], prepared.candidates).any():
-        raise ValueError(
-            "prepared: expected validation cells of trained conditions to choose epochs on, got none"
-        )
+    if not can_choose(prepared):
+        raise ValueError("prepared: expected validation cells of candidates to choose epochs on, got none")
     rows, fits = [], []
     for options in _combinations(family.settings, settings or {}, search or {}):
         encoder, history, checks = _fit(family, prepared, options, seed, None, cache, state, report)

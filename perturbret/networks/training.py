@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..data.prepared import Cells, Prepared
-from ..evaluation.scoring import by_name
+from ..evaluation.scoring import by_name, library_cells
 from ..evaluation.validation import best_readout
 from ..files.atomic import replacing
 from .adapters import trainable
@@ -513,18 +513,18 @@ class _Live:
 def make_validation(prepared: Prepared, model: HeadedNetwork, options: Settings, seed: int) -> Validation:
     """exact_hit@1 by the code of notebook 05, and the loss, of single validation cells.
 
-    Read-out: the classifier; without one, cosine to the mean of training cells.
+    Read-out: the classifier; without one, or where the track holds out conditions, cosine to the mean of library cells.
     """
     # Cells of conditions without training cells are ranked too, and have no loss.
     val = by_name(prepared, prepared.where("val"))
     trained = np.isin(prepared.conditions[val], prepared.candidates)
     val, others = val[trained], val[~trained]
     labels = np.searchsorted(prepared.candidates, prepared.conditions[val])
-    by_class = options.loss != "contrastive"
-    train_cells = np.empty(0, int) if by_class else prepared.where("train")
-    index = np.concatenate([val, others, train_cells])
+    by_class = options.loss != "contrastive" and prepared.candidate_set == "train"
+    library = np.empty(0, int) if by_class else library_cells(prepared, prepared.candidate_set, "val")
+    index = np.concatenate([val, others, library])
     sizes = {"batch_size": options.batch_size, "cells_per_condition": options.cells_per_condition}
-    plan = plan_batches(labels, sampler=options.sampler, **sizes, seed=seed, epoch=0)
+    plan = plan_batches(labels, sampler=options.sampler, **sizes, seed=seed, epoch=0) if len(val) else []
 
     def score(embeddings: np.ndarray, logits: np.ndarray | None) -> tuple[float, float]:
         model.eval()
@@ -542,6 +542,6 @@ def make_validation(prepared: Prepared, model: HeadedNetwork, options: Settings,
                 if model.head.log_scale is not None:
                     loss += contrastive(z[batch], targets[batch], model.head.scale.cpu()).item()
                 losses.append(loss)
-        return hit, float(np.mean(losses))
+        return hit, float(np.mean(losses)) if losses else np.nan
 
     return Validation(index, score)

@@ -5,9 +5,12 @@ import pandas as pd
 
 from ..data.conditions import CTRL
 from ..data.masking import UNSAFE
+from ..data.prepared import Prepared
+from ..data.tracks import find_track
 from ..evaluation.metrics import coverage_area
 from ..evaluation.nulls import null_limits
 from ..evaluation.readouts import readout_name
+from ..evaluation.scoring import candidate_names
 from ..evaluation.stats import measured_coverage
 from ..runs.runs import Run
 from .ablation import Report, validity
@@ -33,9 +36,23 @@ def setting(run: Run) -> str:
             "of some condition or are masked with one.",
             *targets_findings(run.screen),
             f"**Split `{run.split.id}`** ({run.split.hash[:12]}): {train:,} training, {val:,} validation and {query:,} "
-            f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls.",
-            f"**Candidates `{run.identity.candidates}`**: the {len(prepared.candidates)} conditions seen in training.",
+            f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls. Queries are of "
+            f"{find_track(run.split.track).holds_out}.",
+            f"**Candidates `{prepared.candidate_set}`**: {_candidates(prepared)}.",
         ]
+    )
+
+
+def _candidates(prepared: Prepared) -> str:
+    """What queries are ranked among, in words."""
+    trained = f"the {len(prepared.candidates)} conditions seen in training"
+    names = candidate_names(prepared, prepared.candidate_set, "query")
+    more = len(set(names) - set(prepared.candidates))
+    if not more:
+        return trained
+    return (
+        f"{trained} and {more} that no fit sees, by prototypes of other cells of theirs (role `gallery`). A classifier has "
+        "no class for these: its embeddings are compared, as any others"
     )
 
 

@@ -48,7 +48,9 @@ class Identity:
     options: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, params: dict, *, train_share: float = 1.0, recipe: str = "") -> "Identity":
+    def of(
+        cls, params: dict, *, train_share: float = 1.0, candidates: str = "train", recipe: str = ""
+    ) -> "Identity":
         """The identity of a run with these resolved parameters."""
         named = {"dataset", "mask", "seed", "track"}
         options = {
@@ -59,6 +61,7 @@ class Identity:
         return cls(
             method=recipe or method_name(params["encoder"], params.get("settings")),
             train_share=float(train_share),
+            candidates=candidates,
             options=tuple((name, json.dumps(options[name], sort_keys=True)) for name in sorted(options)),
             **{name: params[name] for name in named if name in params},
         )
@@ -126,11 +129,17 @@ def outputs_root(outputs: str = "") -> Path:
 
 
 def run_name(
-    encoder: str, mask: str, seed: int, settings: dict | None = None, train_share: float = 1.0
+    encoder: str,
+    mask: str,
+    seed: int,
+    settings: dict | None = None,
+    train_share: float = 1.0,
+    track: str = "in_dist",
 ) -> str:
-    """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0`."""
+    """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0-unseen_gene`."""
     share = f"-share{train_share:g}" if train_share != 1 else ""
-    return f"{method_name(encoder, settings).replace(':', '.')}-{mask}-seed{seed}{share}"
+    held_out = f"-{track}" if track != "in_dist" else ""
+    return f"{method_name(encoder, settings).replace(':', '.')}-{mask}-seed{seed}{held_out}{share}"
 
 
 def method_name(encoder: str, settings: dict | None = None) -> str:
@@ -189,7 +198,7 @@ def open_run(
         An encoder with settings was asked for without them where none was fitted; unknown mask or track.
     """
     root = outputs_root(outputs) / screen.name
-    directory = root / (run or run_name(encoder, mask, seed, settings, train_share or 1.0))
+    directory = root / (run or run_name(encoder, mask, seed, settings, train_share or 1.0, track))
     manifest = read_manifest(directory)
     made = manifest.get("fit")
     if train_share is None:
@@ -220,7 +229,9 @@ def open_run(
                 )
     if not recipe and made and made["params"] == params:
         recipe = Identity.read(manifest).method
-    identity = Identity.of(params, train_share=train_share, recipe=recipe)
+    identity = Identity.of(
+        params, train_share=train_share, candidates=prepared.candidate_set, recipe=recipe
+    )
     return Run(directory, params, identity, screen, split, prepared)
 
 
