@@ -196,10 +196,27 @@ def test_the_shorter_grid_is_part_of_the_default_one():
     assert len(short.runs) == 57 and {run.name for run in short.runs} < {run.name for run in whole.runs}
 
 
+@pytest.mark.parametrize(
+    ("grid", "dataset", "tracks", "skipped"),
+    [
+        ("tracks", "thp1", ["in_dist", "batch_disjoint", "guide_disjoint", "unseen_gene"], []),
+        ("tracks", "norman_subset", ["in_dist", "unseen_gene"], ["track batch_disjoint", "track guide_disjoint"]),
+        ("unseen_combo", "norman_subset", ["in_dist", "unseen_combo", "unseen_gene"], []),
+    ],
+)
+def test_a_grid_of_tracks_leaves_out_those_that_the_dataset_does_not_have(grid, dataset, tracks, skipped):
+    entry = load_registry()[dataset]
+    found, default = (load_grid(ROOT / "params" / f"{name}.yaml", entry) for name in (grid, "ablation"))
+    assert list(dict.fromkeys(run.varied["track"] for run in found.runs)) == tracks
+    assert len(found.runs) == 3 * 18 * len(tracks) and {name for name, _ in found.skipped} == set(skipped)
+    same = {run.name for run in found.runs if run.varied["track"] == "in_dist"}
+    assert same < {run.name for run in default.runs}
+
+
 RECIPES = [
     path
     for path in sorted((ROOT / "params").glob("*.yaml"))
-    if path.stem not in ("datasets", "checkpoints", "references", "ablation", "short")
+    if path.stem not in ("datasets", "checkpoints", "references", "ablation", "short", "tracks", "unseen_combo")
 ]
 
 

@@ -180,14 +180,19 @@ def _is_finished(manifest: dict, directory: Path, fingerprint: str, code: Callab
 
 
 def label_methods(runs: list[Finished]) -> list[Finished]:
-    """Label every run so that runs share a label only where all but mask and seed is equal.
+    """Label every run so that runs of an arena share a label only where all but mask and seed is equal.
 
     A method that was run in one way is called by its name; where it was run in several, what differs is added, e.g.
-    `logreg (train_share=0.25)`.
+    `pca (n_components=[20])`.
     """
     labelled = []
     for run in runs:
-        alike = [other.identity.request for other in runs if other.identity.method == run.identity.method]
+        known = (run.identity.arena, run.identity.method)
+        alike = [
+            other.identity.request
+            for other in runs
+            if (other.identity.arena, other.identity.method) == known
+        ]
         keys = sorted({key for request in alike for key in request})
         differ = [key for key in keys if len({request.get(key) for request in alike}) > 1]
         parts = [f"{key.rpartition('.')[2]}={run.identity.request.get(key, 'default')}" for key in differ]

@@ -246,6 +246,12 @@ def _interval_lines(report: Report) -> list[str]:
     ]
 
 
+def track_line(report: Report) -> str:
+    """What one further track holds out, and how its methods compare, in Markdown."""
+    held_out = find_track(report.track).holds_out
+    return bullets([f"Queries are of {held_out}; candidates `{report.candidates}`.", *_best_lines(report)])
+
+
 def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
     """What follows for somebody who must act on it: how far hit rates differ, what pooling and a short list bring."""
     worst, median, top = (conditions["estimate"].quantile(q) for q in (0, 0.5, 1))

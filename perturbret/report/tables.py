@@ -111,6 +111,29 @@ def method_table(report: Report) -> pd.DataFrame:
     return pd.DataFrame(table).set_index("method").rename_axis(None)
 
 
+def track_table(report: Report) -> pd.DataFrame:
+    """exact_hit@1 of every method wherever it was run: a column per track and share of labels, each with its own candidates.
+
+    The verdict is that against the track's own baseline. What is not comparable between columns is the level: read each
+    against its chance, the last row.
+    """
+    columns = {}
+    for part in [report, *report.others]:
+        verdicts = {**part.asked("baseline")["verdict"], part.baseline: "the baseline"}
+        cells = {
+            row.encoder: "; ".join(filter(None, [with_interval(row), verdicts.get(row.encoder, "")]))
+            for row in part.single().itertuples()
+        }
+        share = "" if part.train_share == 1 else f", {part.train_share:.0%} of the labels"
+        columns[f"{part.track}{share} ({part.candidates})"] = {
+            **cells,
+            "chance": f"{part.chance['exact_hit@1']:.3f}",
+        }
+    table = pd.DataFrame(columns).fillna("")
+    order = [name for name in table.index if name != "chance"]
+    return table.loc[[*order, "chance"]].rename(index=display_name)
+
+
 def readout_table(report: Report) -> pd.DataFrame:
     """exact_hit@1 of every method at the same read-outs, single cells; `chosen`: best of k on validation cells."""
     rows = report.rows(query_size=1)

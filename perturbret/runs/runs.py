@@ -86,9 +86,8 @@ class Identity:
 
     @property
     def request(self) -> dict[str, str]:
-        """All that tells apart two runs of one method under one mask and seed: name to JSON."""
-        arena = {name: getattr(self, name) for name in ("track", "train_share", "candidates")}
-        return {**{name: json.dumps(value) for name, value in arena.items()}, **dict(self.options)}
+        """All that tells apart two runs of one method in one arena under one mask and seed: name to JSON."""
+        return dict(self.options)
 
 
 @dataclass(frozen=True)

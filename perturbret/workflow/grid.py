@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sources import Entry
+from ..data.tracks import find_track
 from ..files.names import nearest
 from ..files.places import CHECKOUT
 from .parameters import ParameterError, check_parameters, declared_parameters, load_parameters
@@ -34,7 +35,8 @@ class PlannedRun:
     Attributes
     ----------
     name : str
-        `<recipe>-<mask>-seed<seed>`, then `-<name>=<value>` of whatever else varies; the name of its directory.
+        `<recipe>-<mask>-seed<seed>`, then `-<name>=<value>` of whatever else varies, the default track left out; the name
+        of its directory.
     recipe : str
     varied : mapping of name to value
         Mask and seed, then whatever else varies.
@@ -60,7 +62,7 @@ class Grid:
     ----------
     runs : tuple of PlannedRun
     skipped : tuple of (recipe, reason)
-        Recipes that do not apply to the dataset.
+        Recipes and tracks that do not apply to the dataset.
     audit, vocab, report : mapping of name to value
         Parameters of 01_data_audit, 02_vocab_coverage and 06_ablation_report.
     """
@@ -88,7 +90,7 @@ def load_grid(
     path : path
         Of a file like params/ablation.yaml.
     entry : Entry
-        Of the dataset; recipes that need what it does not have are skipped.
+        Of the dataset; recipes and tracks that need what it does not have are skipped.
     dataset : str, optional
         What the notebooks get as `dataset`; the entry's name by default.
     notebooks : path
@@ -133,6 +135,11 @@ def load_grid(
             fixed = _check_own(load_parameters(source), source.name)
             for values in itertools.product(*vary.values()):
                 varied = dict(zip(vary, values, strict=True))
+                held_out = find_track(varied["track"]).needs if "track" in varied else ""
+                if held_out and not _has(entry, f"{held_out}_key"):
+                    reason = f"needs {held_out}_key, which the dataset {entry.name} does not have"
+                    skipped.append((f"track {varied['track']}", reason))
+                    continue
                 if both := sorted(set(varied) & set(fixed)):
                     raise GridError(f"{where}: {both[0]!r} varies, but the recipe {source.name} sets it")
                 asked = check_parameters(
@@ -169,6 +176,8 @@ def _make(recipe, notebook, asked, vary, declared, evaluation, where) -> Planned
     parts = [
         _clean(texts[key].format(varied[key])) if key in texts else f"{key}={_written(varied[key])}"
         for key in varied
+        # The same run in every grid: one that varies tracks, and one that does not.
+        if key != "track" or varied[key] != declared[notebook].get("track")
     ]
     return PlannedRun(
         "-".join([_clean(recipe), *parts]), recipe, varied, notebook, asked, {**judged, **evaluation}
