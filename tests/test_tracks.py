@@ -211,9 +211,9 @@ def test_a_method_is_chosen_and_judged_under_every_track(wide, name, encoder):
     fitted = fit_baseline(encoder, prepared, seed=0, search=search)
     assert fitted.selection["exact_hit@1"].notna().all()
     scores = evaluate(fitted.encoder, prepared, query_sizes=(1, 5), poolings=("scores",))
-    assert set(scores["candidates"]) == {TRACKS[name].candidates}
+    assert set(scores["candidates"]) == {TRACKS[name].candidates[0]}
     assert set(scores["condition"]) == set(prepared.conditions[prepared.where("query")])
-    if TRACKS[name].candidates == "observed":
+    if TRACKS[name].candidates[0] == "observed":
         # No held-out condition has a class: what is ranked goes by prototypes, and every query can be ranked right.
         assert set(scores["scoring"]) == {"cosine", "whitened"}
     assert scores["rank"].notna().all()
@@ -250,7 +250,7 @@ def test_nothing_fitted_depends_on_a_query_cell(wide, tmp_path, name, encoder):
         prepared = replace(prepared, context=replace(prepared.context, cells_hash=""))
         fitted = fit_baseline(encoder, prepared, seed=0, search=search)
         fitted.encoder.save(tmp_path / str(number))
-        library = library_cells(prepared, prepared.candidate_set, "query")
+        library = library_cells(prepared, prepared.candidate_sets[0], "query")
         prototypes = fitted.encoder.embed(prepared.cells.take(library))
         files = {str(p.relative_to(tmp_path / str(number))): p.read_bytes()
                  for p in sorted((tmp_path / str(number)).rglob("*")) if p.is_file()}  # fmt: skip

@@ -143,8 +143,8 @@ class Prepared:
     context : Context
     truth : object or None
         Generating parameters of a simulated screen.
-    candidate_set : str
-        Under which the track is read: `Track.candidates`.
+    candidate_sets : tuple of str
+        Of the split's track: `Track.candidates`.
     """
 
     cells: Cells
@@ -154,7 +154,7 @@ class Prepared:
     columns: Mapping[str, np.ndarray]
     context: Context
     truth: object | None = None
-    candidate_set: str = "train"
+    candidate_sets: tuple[str, ...] = ("train",)
 
     def where(self, role: str, *, controls: bool = False) -> np.ndarray:
         """Positions of the cells in `role`; control cells only when `controls`."""

@@ -71,9 +71,9 @@ class Track:
     name : str
     assign : callable
         (cells, seed, fractions of train, val and query) -> roles, ndarray of str (n,).
-    candidates : str
-        The candidate set that results are read under and that validation cells choose under, of
-        `perturbret.evaluation.scoring.LIBRARY_ROLES`.
+    candidates : tuple of str
+        The candidate sets that queries are ranked in, of `perturbret.evaluation.scoring.CANDIDATES`: the first is the one that
+        settings are chosen under.
     holds_out : str
         What no fit has seen of a query, in words: it completes "queries are of ...".
     needs : str
@@ -82,7 +82,7 @@ class Track:
 
     name: str
     assign: Assign
-    candidates: str
+    candidates: tuple[str, ...]
     holds_out: str
     needs: str = ""
 
@@ -114,13 +114,14 @@ class Track:
 TRACKS: dict[str, Track] = {}
 
 
-def track(name: str, *, candidates: str, holds_out: str, needs: str = "") -> Callable[[Assign], Assign]:
+def track(name: str, *, candidates: str | tuple[str, ...], holds_out: str, needs: str = "") -> Callable[[Assign], Assign]:
     """Register the decorated function as `Track.assign` under `name`; parameters as in `Track`."""
+    sets = (candidates,) if isinstance(candidates, str) else tuple(candidates)
 
     def register(assign: Assign) -> Assign:
         if name in TRACKS:
             raise ValueError(f"track {name!r}: expected a new name, it is that of {TRACKS[name].assign}")
-        TRACKS[name] = Track(name, assign, candidates, holds_out, needs)
+        TRACKS[name] = Track(name, assign, sets, holds_out, needs)
         return assign
 
     return register
@@ -210,7 +211,7 @@ def guide_disjoint(cells: Labelled, seed: int, fractions: tuple[float, float, fl
     return roles
 
 
-@track("unseen_combo", candidates="observed", holds_out="combinations not trained on")
+@track("unseen_combo", candidates=("observed", "predicted"), holds_out="combinations not trained on")
 def unseen_combo(cells: Labelled, seed: int, fractions: tuple[float, float, float]) -> np.ndarray:
     """Combinations of genes held out, by how many of their genes occur in training (`STRATA`).
 

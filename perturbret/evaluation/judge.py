@@ -60,9 +60,11 @@ def evaluate(
         embedded.
     scorings : sequence of str
         `classifier_corrected` is log p - log prior, summed over the cells of a query.
-    candidates : {'train', 'observed'}, optional
-        Rank the conditions with training cells, or those with gallery cells too; by default as the track is read
-        (`Prepared.candidate_set`).
+    candidates : {'train', 'observed', 'predicted'}, optional
+        Rank the conditions with training cells; or those with gallery cells too; or those with training cells and the
+        held-out combinations, as their genes alone predict them (the libraries are then
+        `perturbret.evaluation.composition.COMPOSITIONS`). By default as the track is read
+        (first of `Prepared.candidate_sets`).
     seed : int
         Of the pseudo-bulks and the bootstrap library: the same for all encoders that are compared.
     ablation : sequence of str
@@ -87,7 +89,7 @@ def evaluate(
         that it has no class for.
     """
     encoder.context.check(prepared.context, ablation)
-    candidates = candidates or prepared.candidate_set
+    candidates = candidates or prepared.candidate_sets[0]
     names = candidate_names(prepared, candidates, role)
     scored = score_queries(
         encoder,
@@ -236,7 +238,7 @@ def null_control(
         pipeline gave the labels away.
     """
     encoder.context.check(prepared.context)
-    candidates = candidates or prepared.candidate_set
+    candidates = candidates or prepared.candidate_sets[0]
     readouts = list(
         score_queries(
             encoder,

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .composition import COMPOSITIONS
+
 # In order of preference among read-outs that validation cells do not tell apart: the simpler first. A method's own
 # classifier needs nothing beside the method; whitening needs a covariance.
 SCORING_PREFERENCE = ("classifier", "cosine", "whitened", "classifier_corrected")
-LIBRARIES = ("none", "mean", "bootstrap", "raw_cell")
+LIBRARIES = ("none", "mean", "bootstrap", "raw_cell", *COMPOSITIONS)
 # Shown beside the others, and never the read-out that stands for a method: it answers another question (all
 # conditions equally likely).
 VARIANT = "classifier_corrected"
@@ -43,7 +45,7 @@ class Choice:
     stability: float
 
 
-def read_validation(directory: Path, libraries=LIBRARIES) -> pd.DataFrame:
+def read_validation(directory: Path, libraries=LIBRARIES, candidates: str = "") -> pd.DataFrame:
     """Hits of one run's validation cells, by the read-outs that may stand for a method.
 
     Parameters
@@ -52,12 +54,16 @@ def read_validation(directory: Path, libraries=LIBRARIES) -> pd.DataFrame:
         Of a run that was fitted.
     libraries : sequence of str
         Those that the run was evaluated with.
+    candidates : str
+        The candidate set; by default the first of the run's track.
     """
     table = pd.read_parquet(
         Path(directory) / "validation_scores.parquet",
-        columns=["query_id", "condition", "library", "scoring", _METRIC],
+        columns=["query_id", "condition", "library", "scoring", "candidates", _METRIC],
     )
-    return table[table["library"].isin(["none", *libraries]) & (table["scoring"] != VARIANT)]
+    table = table[table["candidates"] == (candidates or table["candidates"].iloc[0])]
+    table = table.drop(columns="candidates")
+    return table[table["library"].isin(["none", *libraries, *COMPOSITIONS]) & (table["scoring"] != VARIANT)]
 
 
 def choose_readout(

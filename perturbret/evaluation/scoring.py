@@ -7,9 +7,11 @@ from zlib import crc32
 import numpy as np
 
 from ..data.prepared import Prepared
+from .composition import composable, compose
 from .retrieval import (
     LIBRARY_KINDS,
     LIBRARY_SCORINGS,
+    Library,
     build_library,
     class_scores,
     directions,
@@ -22,8 +24,8 @@ from .whitening import choose_shrinkage, whitener
 CLASSIFIER_SCORINGS = ("classifier", "classifier_corrected")
 ALL_SCORINGS = (*LIBRARY_SCORINGS, *CLASSIFIER_SCORINGS)
 POOLINGS = ("scores", "embeddings", "expression")
-# Roles whose cells make the library, by the name of the candidate set.
-LIBRARY_ROLES = {"train": ("train",), "observed": ("train", "gallery")}
+# Roles whose cells make the library, by the name of the candidate set. `predicted` adds what `composition` predicts.
+LIBRARY_ROLES = {"train": ("train",), "observed": ("train", "gallery"), "predicted": ("train",)}
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,15 @@ class _Block:
 
 
 def candidate_names(prepared: Prepared, candidates: str, role: str) -> tuple[str, ...]:
-    """Sorted conditions that queries of a role are ranked among: those of `library_cells`."""
-    return tuple(np.unique(prepared.conditions[library_cells(prepared, candidates, role)]).tolist())
+    """Sorted conditions that queries of a role are ranked among: those of `library_cells`, and what is predicted."""
+    own = np.unique(prepared.conditions[library_cells(prepared, candidates, role)]).tolist()
+    return tuple(sorted([*own, *(composable(prepared, role) if candidates == "predicted" else ())]))
+
+
+def candidate_sets(prepared: Prepared) -> tuple[str, ...]:
+    """Those of the track; `predicted` only where some combination can be composed, for queries and for validation."""
+    can = composable(prepared, "query") and composable(prepared, "val")
+    return tuple(each for each in prepared.candidate_sets if each != "predicted" or can)
 
 
 def score_queries(
@@ -223,8 +232,9 @@ def score_queries(
         )
     blocks = _make_blocks(encoder, prepared, role, query_sizes, poolings, seed)
     if by_library:
-        library = library_cells(prepared, candidates, role)
-        yield from _by_library(encoder, prepared, blocks, by_library, libraries, library, seed)
+        cells = library_cells(prepared, candidates, role)
+        made = _libraries(encoder, prepared, cells, libraries, candidates, role, seed)
+        yield from _by_library(prepared, blocks, by_library, cells, *made)
     if by_class:
         log_probas = [encoder.log_proba(block.embeddings) for block in blocks if block.embeddings is not None]
         for scoring in by_class:
@@ -261,25 +271,40 @@ def _make_blocks(
     return blocks
 
 
+def _libraries(
+    encoder, prepared: Prepared, cells: np.ndarray, kinds: Sequence[str], candidates: str, role: str, seed: int
+) -> tuple[np.ndarray, list[Library]]:
+    """Embeddings of the library's cells, and the libraries: one of each kind, or one for each way to compose."""
+    embeddings, conditions = encoder.embed(prepared.cells.take(cells)), prepared.conditions[cells]
+    if candidates != "predicted":
+        return embeddings, [build_library(embeddings, conditions, kind=kind, seed=seed) for kind in kinds]
+    names = composable(prepared, role)
+    own = build_library(embeddings, conditions)
+    both = np.concatenate([own.conditions, np.array(names, str)])
+    order = np.argsort(both, kind="stable")
+    composed = compose(encoder, prepared, names) if names else {}
+    return embeddings, [
+        Library(kind, np.concatenate([own.prototypes, prototypes])[order], both[order])
+        for kind, prototypes in composed.items()
+    ] or [own]
+
+
 def _by_library(
-    encoder,
     prepared: Prepared,
     blocks: list[_Block],
     scorings: Sequence[str],
-    libraries: Sequence[str],
     cells: np.ndarray,
-    seed: int,
+    embeddings: np.ndarray,
+    libraries: list[Library],
 ) -> Iterator[Scored]:
     conditions, train = prepared.conditions[cells], prepared.roles[cells] == "train"
-    embeddings = encoder.embed(prepared.cells.take(cells))
-    built = [build_library(embeddings, conditions, kind=kind, seed=seed) for kind in libraries]
     for scoring in scorings:
         space = None
         if scoring == "whitened":
             shrinkage = choose_shrinkage(embeddings[train], conditions[train])
             space = whitener(embeddings[train], conditions[train], shrinkage=shrinkage)
         views = [directions(block.embeddings, space) for block in blocks if block.embeddings is not None]
-        for library in built:
+        for library in libraries:
             prototypes = directions(library.prototypes, space)
             scores = [match(view, prototypes, library.starts) for view in views]
             yield from _pooled(library.kind, scoring, blocks, scores, total=False)
@@ -302,7 +327,8 @@ def _pooled(
 def library_cells(prepared: Prepared, candidates: str, role: str) -> np.ndarray:
     """Positions of the cells that make the library for queries of `role`, by condition and name.
 
-    For validation cells, of conditions held out for validation and of none that are held out for queries.
+    For validation cells, of conditions held out for validation and of none that are held out for queries; what is
+    predicted (`composition`) has no cells here.
     """
     if candidates not in LIBRARY_ROLES:
         raise ValueError(f"candidates: expected one of {', '.join(LIBRARY_ROLES)}, got {candidates!r}")

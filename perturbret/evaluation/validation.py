@@ -49,7 +49,7 @@ def can_choose(prepared: Prepared) -> bool:
     """Whether a validation cell can be ranked right: one of a condition among the candidates."""
     conditions = prepared.conditions[prepared.where("val")]
     return bool(len(conditions)) and bool(
-        np.isin(conditions, candidate_names(prepared, prepared.candidate_set, "val")).any()
+        np.isin(conditions, candidate_names(prepared, prepared.candidate_sets[0], "val")).any()
     )
 
 
@@ -80,7 +80,7 @@ def best_readout(
     validation = prepared.where("val")
     if not can_choose(prepared):
         return "none", np.nan
-    names = np.array(candidate_names(prepared, prepared.candidate_set, "val"))
+    names = np.array(candidate_names(prepared, prepared.candidate_sets[0], "val"))
     if not set(names) <= set(encoder.classes):
         scorings = [scoring for scoring in scorings if scoring in LIBRARY_SCORINGS] or ["cosine"]
     if encoder.embed(prepared.cells.take(validation[:1])).shape[1] > _MAX_WHITENED:
@@ -94,7 +94,7 @@ def best_readout(
         query_sizes=(1,),
         poolings=("scores",),
         scorings=scorings,
-        candidates=prepared.candidate_set,
+        candidates=prepared.candidate_sets[0],
         seed=seed,
     ):
         same = np.asarray(scored.queries.conditions, str)[:, None] == names

@@ -520,8 +520,8 @@ def make_validation(prepared: Prepared, model: HeadedNetwork, options: Settings,
     trained = np.isin(prepared.conditions[val], prepared.candidates)
     val, others = val[trained], val[~trained]
     labels = np.searchsorted(prepared.candidates, prepared.conditions[val])
-    by_class = options.loss != "contrastive" and prepared.candidate_set == "train"
-    library = np.empty(0, int) if by_class else library_cells(prepared, prepared.candidate_set, "val")
+    by_class = options.loss != "contrastive" and prepared.candidate_sets[0] == "train"
+    library = np.empty(0, int) if by_class else library_cells(prepared, prepared.candidate_sets[0], "val")
     index = np.concatenate([val, others, library])
     sizes = {"batch_size": options.batch_size, "cells_per_condition": options.cells_per_condition}
     plan = plan_batches(labels, sampler=options.sampler, **sizes, seed=seed, epoch=0) if len(val) else []

@@ -79,7 +79,7 @@ CONTRASTS_SHOWN = ("exact_hit@1", "mrr")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run whose evaluation is complete and belongs to the encoder that lies beside it.
+    """A run whose evaluation is complete and belongs to the encoder that lies beside it, in one candidate set.
 
     Attributes
     ----------
@@ -109,8 +109,9 @@ class Finished:
         return {"encoder": self.label, "mask": self.identity.mask, "seed": self.identity.seed}
 
     def table(self, name: str) -> pd.DataFrame:
-        """A CSV of the run with its key in front."""
+        """A CSV of the run, the rows of its candidate set, with its key in front."""
         table = pd.read_csv(self.directory / f"{name}.csv", keep_default_na=False, na_values=[""])
+        table = table[table["candidates"] == self.identity.candidates].reset_index(drop=True)
         return pd.concat([pd.DataFrame(self.key, index=table.index), table], axis=1)
 
 
@@ -152,7 +153,11 @@ def collect(
     for name in expected or sorted(there):
         manifest = read_manifest(directory / name)
         if _is_finished(manifest, directory / name, fingerprint, code):
-            finished.append(Finished(directory / name, manifest, Identity.read(manifest)))
+            identity = Identity.read(manifest)
+            sets = manifest["evaluation"].get("candidate_sets", [identity.candidates])
+            for candidates in sets:
+                asked = dataclasses.replace(identity, candidates=candidates)
+                finished.append(Finished(directory / name, manifest, asked))
         else:
             missing.append(name)
     taken: dict[Identity, str] = {}
@@ -231,7 +236,8 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
     for (encoder, mask), group in _grouped(runs).items():
         evaluated = set.intersection(*(set(run.manifest["evaluation"]["libraries"]) for run in group))
         libraries = [library for library in LIBRARIES[1:] if library in evaluated]
-        validation = pd.concat([read_validation(run.directory, libraries) for run in group])
+        candidates = group[0].identity.candidates
+        validation = pd.concat([read_validation(run.directory, libraries, candidates) for run in group])
         role = role_of(group[0].params["encoder"], mask)
         if role == "ceiling":  # only its posterior bounds other methods, not a cosine of its likelihoods
             validation = validation[validation["scoring"] == "classifier"]
@@ -261,6 +267,7 @@ def kept_scores(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
     tables = []
     for run in runs:
         scores = pd.read_parquet(run.directory / "scores.parquet").assign(**run.key)
+        scores = scores[scores["candidates"] == run.identity.candidates]
         pairs = pd.MultiIndex.from_frame(scores[["scoring", "library"]])
         primary = pairs == chosen[run.label, run.identity.mask]
         ceiling = run.params["encoder"] == CEILING

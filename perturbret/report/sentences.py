@@ -10,7 +10,8 @@ from ..data.tracks import find_track
 from ..evaluation.metrics import coverage_area
 from ..evaluation.nulls import null_limits
 from ..evaluation.readouts import readout_name
-from ..evaluation.scoring import candidate_names
+from ..evaluation.composition import composable
+from ..evaluation.scoring import candidate_names, candidate_sets
 from ..evaluation.stats import measured_coverage
 from ..runs.runs import Run
 from .ablation import Report, validity
@@ -38,7 +39,7 @@ def setting(run: Run) -> str:
             f"**Split `{run.split.id}`** ({run.split.hash[:12]}): {train:,} training, {val:,} validation and {query:,} "
             f"query cells with a perturbation; {int((prepared.conditions == CTRL).sum()):,} controls. Queries are of "
             f"{find_track(run.split.track).holds_out}.",
-            f"**Candidates `{prepared.candidate_set}`**: {_candidates(prepared)}.",
+            f"**Candidates `{prepared.candidate_sets[0]}`**: {_candidates(prepared)}.",
         ]
     )
 
@@ -46,14 +47,18 @@ def setting(run: Run) -> str:
 def _candidates(prepared: Prepared) -> str:
     """What queries are ranked among, in words."""
     trained = f"the {len(prepared.candidates)} conditions seen in training"
-    names = candidate_names(prepared, prepared.candidate_set, "query")
+    names = candidate_names(prepared, prepared.candidate_sets[0], "query")
     more = len(set(names) - set(prepared.candidates))
     if not more:
         return trained
-    return (
+    line = (
         f"{trained} and {more} that no fit sees, by prototypes of other cells of theirs (role `gallery`). A classifier has "
         "no class for these: its embeddings are compared, as any others"
     )
+    if "predicted" in candidate_sets(prepared):
+        composed = len(composable(prepared, "query"))
+        line += f". As `predicted`, {composed} held-out combinations stand as their genes alone predict them"
+    return line
 
 
 def fit_summary(run: Run, validation: pd.DataFrame, library: str, scoring: str) -> str:

@@ -21,6 +21,7 @@ from ..encoders.baselines import fit_baseline, fit_functions
 from ..evaluation.judge import evaluate, null_control, summarise
 from ..evaluation.metrics import METRICS
 from ..evaluation.nulls import permute_conditions
+from ..evaluation.scoring import candidate_sets
 from ..evaluation.validation import Fitted
 from ..files.atomic import replacing, write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
@@ -196,9 +197,14 @@ def open_saved(screen: Screen, *, run: str = "", outputs: str = "", overwrite: b
 def _validate(run: Run, encoder, scores=None, summary=None) -> None:
     """Judge every read-out on validation cells: validation_scores.parquet, a row per cell, and validation.csv."""
     seed = run.params["seed"]
+    first, *more = candidate_sets(run.prepared)
+    options = {"role": "val", "query_sizes": (1,), "seed": seed}
     if scores is None:
-        scores = evaluate(encoder, run.prepared, role="val", query_sizes=(1,), seed=seed)
-    kept = ["query_id", "condition", "library", "scoring", "exact_hit@1", "mrr"]
+        scores = evaluate(encoder, run.prepared, candidates=first, **options)
+    others = [evaluate(encoder, run.prepared, candidates=each, **options) for each in more]
+    if others:
+        scores, summary = pd.concat([scores, *others], ignore_index=True), None
+    kept = ["query_id", "condition", "library", "scoring", "candidates", "exact_hit@1", "mrr"]
     with replacing(run.directory / "validation_scores.parquet") as temporary:
         scores[kept].to_parquet(temporary, index=False)
     write_table(
@@ -375,16 +381,17 @@ def evaluate_run(
     )
     encoder.context.check(run.prepared.context)
     options = {"libraries": tuple(libraries), "seed": QUERY_SEED}
-    scores = evaluate(
-        encoder,
-        run.prepared,
-        role="query",
-        query_sizes=tuple(query_sizes),
-        poolings=tuple(poolings),
-        **options,
+    asked = {"query_sizes": tuple(query_sizes), "poolings": tuple(poolings)}
+    sets, twin = candidate_sets(run.prepared), null_twin(run)
+    scores = pd.concat(
+        [evaluate(encoder, run.prepared, candidates=each, **asked, **options) for each in sets],
+        ignore_index=True,
     )
     summary = summarise(scores, n_resamples=n_resamples, seed=QUERY_SEED)
-    null = null_control(null_encoder, null_twin(run), role="query", n_resamples=n_resamples, **options)
+    controls = [
+        null_control(null_encoder, twin, candidates=each, n_resamples=n_resamples, **options) for each in sets
+    ]
+    null = pd.concat(controls, ignore_index=True)
     # Tables are replaced one by one: until all are there, the manifest must not vouch for them.
     manifest = {name: part for name, part in run.manifest.items() if name != "evaluation"}
     write_json(run.directory / "manifest.json", manifest)
@@ -395,6 +402,7 @@ def evaluate_run(
     save_embeddings(run, encoder)
     manifest["evaluation"] = {
         "libraries": list(libraries),
+        "candidate_sets": list(sets),
         "query_sizes": list(query_sizes),
         "poolings": list(poolings),
         "n_resamples": n_resamples,

@@ -229,7 +229,7 @@ def open_run(
     if not recipe and made and made["params"] == params:
         recipe = Identity.read(manifest).method
     identity = Identity.of(
-        params, train_share=train_share, candidates=prepared.candidate_set, recipe=recipe
+        params, train_share=train_share, candidates=prepared.candidate_sets[0], recipe=recipe
     )
     return Run(directory, params, identity, screen, split, prepared)
 
