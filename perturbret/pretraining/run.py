@@ -16,6 +16,7 @@ from ..data.sources import find_checkpoint
 from ..files.atomic import write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
 from ..networks.embedding import device_name
+from ..runs.progress import Progress
 from ..runs.runs import RunExists, outputs_root, read_manifest, write_table
 from ..scgpt.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from ..scgpt.corpus import Part, choose_vocabulary, make_corpus
@@ -145,7 +146,7 @@ def _into_space(references: list[ChunkedCounts], space: GeneSpace) -> list[Chunk
     return remapped
 
 
-def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
+def run_pretraining(run: Pretraining, *, report=None) -> PretrainedNetwork:
     """Pretrain, or read what was made with the same parameters and code; writes checkpoint, tables and manifest."""
     code = code_hash("scgpt.pretraining", "scgpt.corpus")
     made = read_manifest(run.directory)
@@ -158,6 +159,7 @@ def run_pretraining(run: Pretraining, *, report=print) -> PretrainedNetwork:
     (run.directory / "manifest.json").unlink(missing_ok=True)
     # Named by the code: what other code began is not continued.
     state = run.directory / f"training-{code[:12]}.pt"
+    report = report or Progress()
     result = pretrain(run.corpus, run.vocabulary, run.plan, seed=run.seed, state=state, report=report)
     save_pretrained(place, result, run.vocabulary, official=True, space=run.space)
     write_table(run.directory / "history.csv", result.history)
