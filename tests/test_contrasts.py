@@ -1,10 +1,13 @@
 """Verdicts of paired differences: what they take, what they are kept from, and what is compared with what."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from perturbret.evaluation.stats import holm, repeated_difference
+from perturbret.report import ablation, sentences
 from perturbret.report.compare import contrasts, first_of, role_of, verdict
 
 BOTH = {("classifier", "none"), ("whitened", "mean")}
@@ -215,3 +218,30 @@ def test_other_query_cells_are_refused():
     moved.loc[moved["seed"] == 2, "query_id"] = "x" + moved["query_id"]
     with pytest.raises(ValueError, match="expected the same query cells in seeds 0, 1, 2"):
         contrasts(pd.concat([moved, hits("b", RATES)]), readouts)
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "verdict", "told"),
+    [
+        (0.06, 0.03, 0.09, "better", ["scgpt_full", "+6.0%", "at least 2.0% for sure"]),
+        (0.03, 0.01, 0.05, "better", ["logreg", "up to +5.0% is left open for scgpt_full"]),
+        (-0.01, -0.03, 0.01, "no clear difference", ["logreg", "gains of 2.0% or more are excluded"]),
+    ],
+)
+def test_the_method_to_use_takes_a_material_difference(difference, low, high, verdict, told):
+    readouts = pd.DataFrame(
+        [method("logreg", "simple", 0.2), method("scgpt_full", "tuned", 0.3), method("scgpt_head", "tuned", 0.1)]
+    )
+    rows = [("scgpt_full", difference, low, high, verdict), ("scgpt_head", -0.1, -0.2, 0.0, "worse")]
+    contrasts = pd.DataFrame(rows, columns=["encoder", "difference", "low", "high", "verdict"])
+    contrasts = contrasts.assign(question="baseline", mask="all_targets")
+
+    def part(track, candidates, **changes):
+        empty = pd.DataFrame()
+        return ablation.Report(Path(), track, 1.0, candidates, readouts, empty, empty, empty, contrasts, {}, 0.1, **changes)
+
+    (line,) = sentences.decision(part("in_dist", "train"), 0.02)
+    assert all(text in line for text in told) and line.startswith(f"**Which method to use (`in_dist, train`): {told[0]}**")
+    further = part("in_dist", "train", others=[part("unseen_gene", "observed")])
+    assert sentences.decision(further, 0.02)[1].startswith(f"**Where more is held out:** `unseen_gene, observed`: {told[0]}")
+    assert sentences.decision(part("in_dist", "train", confounded=True), 0.02) == []

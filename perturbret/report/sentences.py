@@ -118,10 +118,13 @@ def confidence(margin: pd.Series, hit: pd.Series) -> str:
     )
 
 
-def headline(report: Report) -> str:
-    """The answer, in Markdown: warnings, who is first and against whom, what the null control and checks say."""
+def headline(report: Report, *, material: float = 0.02) -> str:
+    """The answer, in Markdown: warnings, which method to use, who is first and against whom, what the checks say.
+
+    material : a difference in exact_hit@1 that would be worth a network's cost; see `decision`.
+    """
     lines = [line if line.startswith("**") else f"**{line}**" for line in report.warnings]
-    lines += _best_lines(report)
+    lines += [*decision(report, material), *_best_lines(report)]
     single = report.single().set_index("encoder")["estimate"]
     for estimate in single[single.index == CEILING]:
         lines.append(f"**Bayes ceiling** (exact ranking of the true simulated model): {percent(estimate)}.")
@@ -129,6 +132,54 @@ def headline(report: Report) -> str:
     if report.missing:
         lines.append(f"**Missing**: {', '.join(report.missing)} did not finish.")
     return bullets(lines)
+
+
+def decision(report: Report, material: float) -> list[str]:
+    """Which method to use, and whether that holds on every track, in Markdown; empty where nothing may be concluded.
+
+    A network is named where it is better than the best simple opponent (the verdict) and its interval lies above
+    `material`; else the opponent is, with what the intervals leave open.
+    """
+    if report.suspect or report.confounded:
+        return []
+    parts = [part for part in [report, *report.others] if part.train_share == report.train_share]
+    named = {f"{part.track}, {part.candidates}": _choice(part, material) for part in parts}
+    named = {where: choice for where, choice in named.items() if choice}
+    if report.baseline is None or not named:
+        return []
+    here, *others = named.items()
+    lines = [f"**Which method to use (`{here[0]}`): {here[1][0]}**; {here[1][1]}."]
+    if others:
+        told = "; ".join(f"`{where}`: {method}, {why}" for where, (method, why) in others)
+        lines.append(f"**Where more is held out:** {told}.")
+    return lines
+
+
+def _choice(report: Report, material: float) -> tuple[str, str] | None:
+    """The method to use on one track, and why; None where there is nothing to choose from."""
+    if report.baseline is None:
+        return None
+    modes = report.readouts.query("role == 'tuned' and mask == @LEAK_FREE")["encoder"]
+    against = report.asked("baseline")
+    own = against[against.index.isin(modes)]
+    if own.empty:
+        return plain(report.baseline), "the best simple opponent on validation cells; no network was compared with it"
+    first = own[(own["verdict"] == "better") & (own["low"] >= material)].sort_values("difference").tail(1)
+    for row in first.itertuples():
+        gain = f"{percent(row.difference, True)} {span(row.low, row.high, True)}"
+        return plain(row.Index), f"{gain} over {plain(report.baseline)}, at least {percent(material)} for sure"
+    if own["high"].isna().all():
+        return plain(report.baseline), "no mode of scGPT could be compared with it"
+    most = own.loc[own["high"].idxmax()]
+    left = (
+        f"gains of {percent(material)} or more are excluded"
+        if most["high"] < material
+        else f"up to {percent(most['high'], True)} is left open for {plain(most.name)}"
+    )
+    return (
+        plain(report.baseline),
+        f"no mode of scGPT is better by at least {percent(material)} for sure, and {left}",
+    )
 
 
 def _best_lines(report: Report) -> list[str]:
