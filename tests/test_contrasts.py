@@ -245,3 +245,38 @@ def test_the_method_to_use_takes_a_material_difference(difference, low, high, ve
     further = part("in_dist", "train", others=[part("unseen_gene", "observed")])
     assert sentences.decision(further, 0.02)[1].startswith(f"**Where more is held out:** `unseen_gene, observed`: {told[0]}")
     assert sentences.decision(part("in_dist", "train", confounded=True), 0.02) == []
+
+
+def compared(one, other):
+    """A report of two methods with these (condition, ranked first) for each query cell."""
+    rows = []
+    for name, answers in (("new", one), ("old", other)):
+        for number, (condition, first) in enumerate(answers):
+            rows.append((name, f"q{number}", condition, f"{first}|x", float(condition == first)))
+    scores = pd.DataFrame(rows, columns=["encoder", "query_id", "condition", "top10", "exact_hit@1"])
+    scores = scores.assign(mask="all_targets", query_size=1, scoring="classifier", library="none", seed=0)
+    readouts = pd.DataFrame([method("old", "simple", 0.2), method("new", "tuned", 0.3)])
+    empty = pd.DataFrame()
+    return ablation.Report(Path(), "in_dist", 1.0, "train", readouts, scores, empty, empty, empty, {}, 0.1)
+
+
+def test_gains_and_confusions_of_two_methods_by_hand():
+    truth = ["A", "A", "A+B", "A+B", "C"]
+    report = compared(
+        list(zip(truth, ["A", "A", "A+B", "C", "C"], strict=True)),
+        list(zip(truth, ["A", "A+B", "C", "C", "C"], strict=True)),
+    )
+    found = ablation.gains(report, "new", "old").set_index("condition")
+    assert found["gain"].to_dict() == {"A": 0.5, "A+B": 0.5, "C": 0.0} and found.loc["A+B", "n_cells"] == 2
+    assert found.loc["A", "ci_low"] < 0 < found.loc["A", "ci_high"]
+    table = ablation.changed_confusions(report, "new", "old")
+    assert table.to_numpy().tolist() == [
+        ["A", "A+B", "shares a target", 0.5, 0.0, -0.5],
+        ["A+B", "C", "", 1.0, 0.5, -0.5],
+    ]
+
+
+def test_methods_without_a_readout_in_common_are_not_compared():
+    report = compared([("A", "A")], [("A", "A")])
+    report.readouts["available"] = [{("classifier", "none")}, {("whitened", "mean")}]
+    assert ablation.gains(report, "new", "old").empty and ablation.changed_confusions(report, "new", "old").empty

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 
+from ..data.conditions import targets
 from ..data.masking import UNSAFE
 from ..data.screen import Screen
-from ..evaluation.readouts import readout_name
+from ..evaluation.readouts import common_readout, readout_name
 from ..files.atomic import replacing
 from ..runs.pipeline import fit_code
 from ..runs.runs import outputs_root, write_table
@@ -303,17 +306,84 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
-    """Row-normalised confusion among the `n` conditions that take part in the largest mix-ups."""
+    """Row-normalised confusion among the `n` conditions that take part in the largest mix-ups, in clustered order."""
     part = _own_singles(report, encoder)
     first = part["top10"].str.split("|").str[0]
     full = pd.crosstab(part["condition"], first, normalize="index")
     names = sorted(set(full.index) | set(full.columns))
     full = full.reindex(index=names, columns=names, fill_value=0.0)
-    mixed = full.to_numpy(copy=True)
+    mixed = full.to_numpy(copy=True)  # of which the diagonal does not count
     np.fill_diagonal(mixed, 0.0)
     largest = np.unravel_index(np.argsort(mixed, axis=None)[::-1], mixed.shape)
     chosen = sorted(names[i] for i in pd.unique(np.column_stack(largest).ravel())[:n])
+    alike = full.loc[chosen, chosen].to_numpy()
+    if len(chosen) > 2:  # conditions that are taken for one another side by side
+        apart = 1 - (alike + alike.T) / 2
+        order = leaves_list(linkage(squareform(apart, checks=False), "average", optimal_ordering=True))
+        chosen = [chosen[i] for i in order]
     return full.loc[chosen, chosen]
+
+
+def gains(report: Report, one: str, other: str) -> pd.DataFrame:
+    """What one method hits more than another in each condition, on the same query cells at the read-out of their verdict.
+
+    Returns
+    -------
+    pandas.DataFrame
+        condition, n_cells, `other` and `one` (exact_hit@1 over cells and repeats), gain with ci_low and ci_high (normal
+        approximation over the condition's cells: one condition alone, nothing is adjusted for looking at many); empty where
+        the two have no read-out in common. Largest gain first.
+    """
+    hits = [part.groupby("query_id")["exact_hit@1"].mean() for part in _at_common(report, one, other)]
+    columns = ["condition", "n_cells", "other", "one", "gain", "ci_low", "ci_high"]
+    if not hits:
+        return pd.DataFrame(columns=columns)
+    conditions = _at_common(report, one, other)[0].drop_duplicates("query_id").set_index("query_id")["condition"]
+    table = pd.DataFrame({"one": hits[0], "other": hits[1], "condition": conditions})
+    table["gain"] = table["one"] - table["other"]
+    grouped = table.groupby("condition")
+    found = grouped[["other", "one", "gain"]].mean().assign(n_cells=grouped.size())
+    error = 1.959964 * grouped["gain"].std() / np.sqrt(found["n_cells"])
+    found = found.assign(ci_low=found["gain"] - error, ci_high=found["gain"] + error).reset_index()
+    return found.sort_values(["gain", "condition"], ascending=[False, True])[columns].reset_index(drop=True)
+
+
+def changed_confusions(report: Report, one: str, other: str, n: int = 12) -> pd.DataFrame:
+    """The `n` confusions that differ most between two methods, at the read-out of their verdict.
+
+    Returns
+    -------
+    pandas.DataFrame
+        condition, `ranked first` in its place, relation (whether the two share a target), `other` and `one`: shares of the
+        condition's cells so confused; change.
+    """
+    shares = []
+    for part in _at_common(report, one, other):
+        first = part["top10"].str.split("|").str[0].rename("ranked first")
+        shares.append(pd.crosstab(part["condition"], first, normalize="index").stack().rename("share"))
+    if not shares:
+        return pd.DataFrame(columns=["condition", "ranked first", "relation", "other", "one", "change"])
+    table = pd.concat(shares, axis=1, keys=["one", "other"]).fillna(0.0).reset_index()
+    table = table[table["condition"] != table["ranked first"]].assign(
+        change=lambda rows: rows["one"] - rows["other"]
+    )
+    table["size"] = table["change"].abs()
+    table = table.sort_values(["size", "condition", "ranked first"], ascending=[False, True, True]).head(n)
+    pairs = zip(table["condition"], table["ranked first"], strict=True)
+    shared = [bool(set(targets(true)) & set(targets(found))) for true, found in pairs]
+    table["relation"] = np.where(shared, "shares a target", "")
+    return table[["condition", "ranked first", "relation", "other", "one", "change"]].reset_index(drop=True)
+
+
+def _at_common(report: Report, one: str, other: str) -> list[pd.DataFrame]:
+    """Single cells of two methods at the read-out that they are compared at; empty without one."""
+    available = report.readouts.query("mask == @LEAK_FREE").set_index("encoder")["available"]
+    shared = common_readout(available[one], available[other])
+    if shared is None:
+        return []
+    scores = report.scores.query("mask == @LEAK_FREE and query_size == 1")
+    at = (scores["scoring"] == shared[0]) & (scores["library"] == shared[1])
+    return [scores[at & (scores["encoder"] == name)] for name in (one, other)]
 
 
 def _own_singles(report: Report, encoder: str) -> pd.DataFrame:
