@@ -11,9 +11,11 @@ from scipy.spatial.distance import squareform
 from ..data.conditions import targets
 from ..data.masking import UNSAFE
 from ..data.screen import Screen
+from ..encoders.base import load_encoder
+from ..evaluation.occlusion import occlusion
 from ..evaluation.readouts import common_readout, readout_name
 from ..files.atomic import replacing
-from ..runs.pipeline import fit_code
+from ..runs.pipeline import cache_directory, fit_code, open_saved
 from ..runs.runs import outputs_root, write_table
 from . import compare
 from .audit import Checks
@@ -167,7 +169,7 @@ def build_report(
         ("differences", [part.contrasts for part in parts]),
         ("contrasts", [contrast_table(part, "baseline", "adapting", "pretraining") for part in parts]),
         ("null_control", [part.verdicts for part in parts]),
-        ("readouts", [part.readouts.drop(columns=["available", "request"]) for part in parts]),
+        ("readouts", [part.readouts.drop(columns=["available", "request", "run"]) for part in parts]),
         ("headline", [headline_table(part) for part in parts]),
     ):
         for part, table in zip(parts, tables, strict=True):
@@ -248,6 +250,21 @@ def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: d
         prior=float(queries["condition"].value_counts(normalize=True).iloc[0]),
         **shared,
     )
+
+
+def informative_genes(report: Report, screen: Screen, encoder: str, conditions: pd.DataFrame, *, outputs: str = "") -> pd.DataFrame:
+    """What the first run of a method goes by in the three conditions that it finds best: `evaluation.occlusion`, five genes each.
+
+    Empty where no condition is found at all.
+    """
+    choice = report.readouts.query("encoder == @encoder and mask == @LEAK_FREE").iloc[0]
+    best = conditions[conditions["estimate"] > 0].nlargest(3, "estimate")["condition"].tolist()
+    if not best:
+        return pd.DataFrame(columns=["condition", "gene", "fall", "error", "expressed", "n_cells"])
+    run = open_saved(screen, run=choice["run"], outputs=outputs, encoder="", mask="", track="", seed=-1, search={})
+    loaded = load_encoder(run.directory, cache=cache_directory(run))
+    table = occlusion(loaded, run.prepared, best, library=choice["library"], scoring=choice["scoring"])
+    return table.groupby("condition", sort=False).head(5).reset_index(drop=True)
 
 
 def save_figure(report: Report, figure, name: str) -> None:

@@ -230,7 +230,7 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
     pandas.DataFrame
         One row per encoder and mask: the fields of `readouts.Choice`; `role` (see `role_of`); `track`
         and `train_share`; `mode`, `init` and `members` of scGPT's; `available`, a set of (scoring, library) that all
-        its runs were evaluated with; `request`, of its first run.
+        its runs were evaluated with; `request` and `run`, of its first run.
     """
     rows = []
     for (encoder, mask), group in _grouped(runs).items():
@@ -248,7 +248,7 @@ def choose_readouts(runs: list[Finished], *, n_resamples: int) -> pd.DataFrame:
         row = {"encoder": encoder, "mask": mask, **arena, "role": role, **asdict(choice)}
         row |= {name: chosen.get(name, "") for name in ("mode", "init", "members")}
         row["available"] = set(zip(validation["scoring"], validation["library"], strict=True))
-        row["request"] = group[0].identity.request
+        row |= {"request": group[0].identity.request, "run": group[0].name}
         rows.append(row)
     return pd.DataFrame(rows)
 
