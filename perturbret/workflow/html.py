@@ -1,6 +1,8 @@
 """Pages of executed notebooks, and the index of all runs: HTML that opens offline and requests nothing."""
 
+import base64
 import copy
+import hashlib
 import html as escapes
 import re
 from collections.abc import Sequence
@@ -129,9 +131,12 @@ def _page(
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     frame = {"home": home, "context": context, "error": error, "error_anchor": error_anchor, "footer": footer}
-    return environment.get_template(template).render(style=style, **frame, **content) + "\n"
+    return environment.get_template(template).render(
+        style=style, script=script, script_hash=f"sha256-{digest}", **frame, **content
+    ) + "\n"
 
 
 def _banner(node) -> str | None:
