@@ -1,9 +1,8 @@
 """Pages request nothing, say what they are, and link only to what exists."""
 
 import base64
-import json
-import base64
 import hashlib
+import json
 import re
 from urllib.parse import unquote
 
