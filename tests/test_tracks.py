@@ -274,3 +274,32 @@ def test_the_null_control_holds_on_held_out_conditions(wide):
     twin = prepare(wide, split, mask="all_targets", conditions=labels)
     table = null_control(fit_baseline("pca", twin, seed=0).encoder, twin, n_permutations=199)
     assert (table["p_value"] > 0.01).all() and set(table["candidates"]) == {"observed"}
+
+
+def test_a_report_has_a_column_for_each_track_and_candidate_set(wide, tmp_path):
+    from perturbret.report import sentences, tables
+    from perturbret.report.ablation import build_report
+    from perturbret.runs.pipeline import evaluate_run
+    from perturbret.runs.runs import open_run
+
+    settings_ = {"libraries": ["mean"], "query_sizes": [1, 5], "poolings": ["scores"], "n_resamples": 50}
+    for encoder, search in (("pca", {"n_components": [10]}), ("logreg", {"C": [0.1], "scale": [False]})):
+        for name in ("in_dist", "unseen_combo"):
+            run = open_run(
+                wide, encoder=encoder, mask="all_targets", seed=0, track=name, search=search, outputs=str(tmp_path)
+            )
+            evaluate_run(run, **settings_)
+            text = sentences.setting(run)
+            assert TRACKS[name].holds_out in text and ("`predicted`" in text) == (name == "unseen_combo")
+    report = build_report(wide, outputs=str(tmp_path), n_resamples=50)
+    parts = [(part.track, part.candidates) for part in (report, *report.others)]
+    assert parts == [("in_dist", "train"), ("unseen_combo", "observed"), ("unseen_combo", "predicted")]
+    table = tables.track_table(report)
+    assert list(table.columns) == [f"{track} ({candidates})" for track, candidates in parts]
+    assert set(table.index) == {"pca", "logreg", "chance"} and (table != "").all(axis=None)
+    assert set(report.others[1].readouts["library"]) <= {"added", "scaled", "added_expression"}
+    assert "Where more is held out" in sentences.headline(report)
+    written = pd.read_csv(report.directory / "comparison.csv")
+    assert set(zip(written["track"], written["candidates"], strict=True)) == set(parts)
+    for part in report.others:
+        assert "Queries are of" in sentences.track_line(part) and len(tables.method_table(part)) == 2
