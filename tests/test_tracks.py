@@ -233,32 +233,69 @@ def test_validation_ranks_its_own_held_out_conditions_and_none_of_the_queries(wi
     assert set(prepared.conditions[library_cells(prepared, "observed", "query")]) >= asked | known
 
 
+def with_other_queries(screen, split):
+    """The same screen with other counts in the query cells."""
+    query = (split.roles == "query").to_numpy()
+    counts = screen.counts.toarray()
+    counts[query] = np.random.default_rng(0).poisson(3.0, counts[query].shape)
+    return replace(screen, counts=csr_matrix(counts.astype(np.float32)), fingerprint=screen.fingerprint)
+
+
+def saved_files(encoder, directory):
+    encoder.save(directory)
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def fitted_on(screen, split, fit, directory):
+    """All bytes that a fit leaves, prototypes among them; the hash of all cells is put aside."""
+    prepared = prepare(screen, split, mask="all_targets")
+    prepared = replace(prepared, context=replace(prepared.context, cells_hash=""))
+    fitted = fit(prepared)
+    library = library_cells(prepared, prepared.candidate_sets[0], "query")
+    prototypes = fitted.encoder.embed(prepared.cells.take(library)).tobytes()
+    return fitted, (saved_files(fitted.encoder, directory), prototypes, fitted.selection.to_csv())
+
+
 @pytest.mark.parametrize("name", [*TRACKS])
 @pytest.mark.parametrize("encoder", ["pca", "lda", "average"])
 def test_nothing_fitted_depends_on_a_query_cell(wide, tmp_path, name, encoder):
     """Other counts in the query cells change no bit of what is saved, nor of what is chosen."""
     split = make_split(wide.obs, track=name, seed=0)
-    query = (split.roles == "query").to_numpy()
-    rng = np.random.default_rng(0)
-    counts = wide.counts.toarray()
-    counts[query] = rng.poisson(3.0, counts[query].shape)
-    changed = replace(wide, counts=csr_matrix(counts.astype(np.float32)), fingerprint=wide.fingerprint)
     search = {"average": {"methods": ["logreg+lda_low_rank"]}}.get(encoder)
-    saved = []
-    for number, screen in enumerate((wide, changed)):
-        prepared = prepare(screen, split, mask="all_targets")
-        prepared = replace(prepared, context=replace(prepared.context, cells_hash=""))
-        fitted = fit_baseline(encoder, prepared, seed=0, search=search)
-        fitted.encoder.save(tmp_path / str(number))
-        library = library_cells(prepared, prepared.candidate_sets[0], "query")
-        prototypes = fitted.encoder.embed(prepared.cells.take(library))
-        files = {str(p.relative_to(tmp_path / str(number))): p.read_bytes()
-                 for p in sorted((tmp_path / str(number)).rglob("*")) if p.is_file()}  # fmt: skip
-        saved.append((files, prototypes.tobytes(), fitted.selection.to_csv()))
-    assert saved[0] == saved[1]
-    judged = [evaluate(fitted.encoder, prepare(s, split, mask="all_targets"), query_sizes=(1,), ablation=["cells_hash"])
-              for s in (wide, changed)]  # fmt: skip
-    assert not judged[0]["rank"].equals(judged[1]["rank"])
+
+    def fit(prepared):
+        return fit_baseline(encoder, prepared, seed=0, search=search)
+
+    screens_ = (wide, with_other_queries(wide, split))
+    (fitted, mine), (_, theirs) = (fitted_on(s, split, fit, tmp_path / str(i)) for i, s in enumerate(screens_))
+    assert mine == theirs
+    ranks = [
+        evaluate(fitted.encoder, prepare(s, split, mask="all_targets"), query_sizes=(1,), ablation=["cells_hash"])["rank"]
+        for s in screens_
+    ]
+    assert not ranks[0].equals(ranks[1])
+
+
+@pytest.mark.parametrize("name", ["in_dist", "unseen_combo"])
+@pytest.mark.parametrize("mode", ["frozen", "head", "lora_head"])
+def test_nothing_fitted_in_a_network_depends_on_a_query_cell(wide, tmp_path, name, mode):
+    from perturbret.scgpt.backbone import fit_scgpt
+
+    split = make_split(wide.obs, track=name, seed=0)
+    checkpoint = toy.write_tiny_checkpoint(tmp_path / "checkpoint", wide.genes)
+    settings_ = {"checkpoint": str(checkpoint), "mode": mode}
+    if mode != "frozen":
+        settings_ |= {"epochs": 2, "batch_size": 64, "head_dim": 8, "rank": 2}
+    made = [
+        fitted_on(
+            screen,
+            split,
+            lambda prepared: fit_scgpt(prepared, seed=0, settings=settings_, report=lambda line: None),
+            tmp_path / str(number),
+        )[1]
+        for number, screen in enumerate((wide, with_other_queries(wide, split)))
+    ]
+    assert made[0] == made[1]
 
 
 def test_the_null_control_holds_on_held_out_conditions(wide):
