@@ -18,7 +18,6 @@ from pathlib import Path
 import pandas as pd
 
 from perturbret.files.atomic import replacing, write_json, write_text
-from perturbret.networks.families import NETWORKS
 from perturbret.report.compare import ARENA
 from perturbret.runs.pipeline import fit_code
 from perturbret.runs.runs import read_manifest
@@ -60,8 +59,8 @@ def take(outputs: Path, results: Path = RESULTS, figures: Path = ROOT / "docs" /
         "fingerprint": _one(outputs, {m["fit"]["context"]["fingerprint"] for m in manifests.values()}),
         "commits": sorted({m["environment"]["git_commit"] for m in manifests.values()}),
         "code": {
-            family: _one(outputs, {m["fit"]["code"] for m in manifests.values() if _family(m) == family})
-            for family in sorted({_family(m) for m in manifests.values()})
+            encoder: _one(outputs, {m["fit"]["code"] for m in manifests.values() if _encoder(m) == encoder})
+            for encoder in sorted({_encoder(m) for m in manifests.values()})
         },
         "sha256": {name: hashlib.sha256((report / name).read_bytes()).hexdigest() for name in KEPT},
     }
@@ -110,19 +109,17 @@ def render(readme: str, results: Path = RESULTS) -> str:
 
 
 def stale(results: Path = RESULTS) -> list[str]:
-    """Data sets whose tables today's code would not make again, with the family of methods that it would refit."""
-    today = {"opponents": {"encoder": "pca"}, **{name: {"encoder": name, "search": {}} for name in NETWORKS}}
+    """Data sets whose tables today's code would not make again, with the kind of encoder that it would refit."""
     return [
-        f"{path.parent.name}: {family}"
+        f"{path.parent.name}: {encoder}"
         for path in sorted(results.glob("*/made.json"))
-        for family, code in json.loads(path.read_text())["code"].items()
-        if fit_code(today[family]) != code
+        for encoder, code in json.loads(path.read_text())["code"].items()
+        if fit_code({"encoder": encoder, "search": {}}) != code
     ]
 
 
-def _family(manifest: dict) -> str:
-    encoder = manifest["fit"]["params"]["encoder"]
-    return encoder if encoder in NETWORKS else "opponents"
+def _encoder(manifest: dict) -> str:
+    return manifest["fit"]["params"]["encoder"]
 
 
 def _one(outputs: Path, values: set) -> str:

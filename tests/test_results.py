@@ -31,7 +31,7 @@ def report(tmp_path):
 
 
 def write_manifest(outputs, run, *, code="c0", dirty=False, evaluated=True):
-    fit = {"params": {"encoder": run}, "context": {"fingerprint": "f0"}, "code": code}
+    fit = {"params": {"encoder": "pca"}, "context": {"fingerprint": "f0"}, "code": code}
     manifest = {"fit": fit, "environment": {"git_commit": "123", "git_dirty": dirty}}
     (outputs / run).mkdir(exist_ok=True)
     (outputs / run / "manifest.json").write_text(
@@ -45,7 +45,7 @@ def test_a_report_becomes_a_table(report, tmp_path):
     results.take(report, taken, figures)
     assert (figures / "toy_ladder.png").read_bytes() == b"png"
     made = json.loads((taken / "toy" / "made.json").read_text())
-    assert made["commits"] == ["123"] and made["code"] == {"opponents": "c0"} and made["n_runs"] == 2
+    assert made["commits"] == ["123"] and made["code"] == {"pca": "c0"} and made["n_runs"] == 2
     text = results.render(BLOCK.format("old"), taken)
     assert text == BLOCK.format(TABLE) and results.render(text, taken) == text
     words = BLOCK.replace("toy headline", "toy headline-text")
