@@ -230,7 +230,11 @@ def test_other_query_cells_are_refused():
 )
 def test_the_method_to_use_takes_a_material_difference(difference, low, high, verdict, told):
     readouts = pd.DataFrame(
-        [method("logreg", "simple", 0.2), method("scgpt_full", "tuned", 0.3), method("scgpt_head", "tuned", 0.1)]
+        [
+            method("logreg", "simple", 0.2),
+            method("scgpt_full", "tuned", 0.3),
+            method("scgpt_head", "tuned", 0.1),
+        ]
     )
     rows = [("scgpt_full", difference, low, high, verdict), ("scgpt_head", -0.1, -0.2, 0.0, "worse")]
     contrasts = pd.DataFrame(rows, columns=["encoder", "difference", "low", "high", "verdict"])
@@ -238,12 +242,18 @@ def test_the_method_to_use_takes_a_material_difference(difference, low, high, ve
 
     def part(track, candidates, **changes):
         empty = pd.DataFrame()
-        return ablation.Report(Path(), track, 1.0, candidates, readouts, empty, empty, empty, contrasts, {}, 0.1, **changes)
+        return ablation.Report(
+            Path(), track, 1.0, candidates, readouts, empty, empty, empty, contrasts, {}, 0.1, **changes
+        )
 
     (line,) = sentences.decision(part("in_dist", "train"), 0.02)
-    assert all(text in line for text in told) and line.startswith(f"**Which method to use (`in_dist, train`): {told[0]}**")
+    assert all(text in line for text in told) and line.startswith(
+        f"**Which method to use (`in_dist, train`): {told[0]}**"
+    )
     further = part("in_dist", "train", others=[part("unseen_gene", "observed")])
-    assert sentences.decision(further, 0.02)[1].startswith(f"**Where more is held out:** `unseen_gene, observed`: {told[0]}")
+    assert sentences.decision(further, 0.02)[1].startswith(
+        f"**Where more is held out:** `unseen_gene, observed`: {told[0]}"
+    )
     assert sentences.decision(part("in_dist", "train", confounded=True), 0.02) == []
 
 
@@ -279,4 +289,6 @@ def test_gains_and_confusions_of_two_methods_by_hand():
 def test_methods_without_a_readout_in_common_are_not_compared():
     report = compared([("A", "A")], [("A", "A")])
     report.readouts["available"] = [{("classifier", "none")}, {("whitened", "mean")}]
-    assert ablation.gains(report, "new", "old").empty and ablation.changed_confusions(report, "new", "old").empty
+    assert (
+        ablation.gains(report, "new", "old").empty and ablation.changed_confusions(report, "new", "old").empty
+    )

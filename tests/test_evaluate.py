@@ -240,8 +240,9 @@ def test_classifier_cannot_score_candidates_that_it_was_not_trained_on():
     prepared.roles[(prepared.conditions == "A+B") & (prepared.roles == "train")] = "gallery"
     encoder = with_head(prepared, np.ones((12, 7)))
     encoder.classes = tuple(name for name in CONDITIONS if name != "A+B")
+    assert set(evaluate(encoder, prepared, candidates="observed")["scoring"]) == {"cosine", "whitened"}
     with pytest.raises(ValueError, match="without 'A\\+B'"):
-        evaluate(encoder, prepared, candidates="observed")
+        evaluate(encoder, prepared, candidates="observed", scorings=["classifier"])
 
 
 def test_an_encoder_without_head_has_no_classifier_rows():
@@ -267,7 +268,7 @@ def test_an_encoder_of_another_mask_is_refused_unless_declared():
         ({"libraries": ("median",)}, "libraries: expected some of mean, bootstrap, raw_cell, got median"),
         ({"poolings": ("sum",)}, "poolings: expected some of scores, embeddings, expression, got sum"),
         ({"scorings": ()}, "scorings: expected some of cosine, .*, got none"),
-        ({"candidates": "all"}, "candidates: expected one of train, observed, got 'all'"),
+        ({"candidates": "all"}, "candidates: expected one of train, observed, predicted, got 'all'"),
         ({"role": "val"}, "role 'val', found none"),
         ({"query_sizes": (50,)}, r"query_sizes: expected one that a condition reaches .* got \(50,\)"),
     ],

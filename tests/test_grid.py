@@ -200,7 +200,12 @@ def test_the_shorter_grid_is_part_of_the_default_one():
     ("grid", "dataset", "tracks", "skipped"),
     [
         ("tracks", "thp1", ["in_dist", "batch_disjoint", "guide_disjoint", "unseen_gene"], []),
-        ("tracks", "norman_subset", ["in_dist", "unseen_gene"], ["track batch_disjoint", "track guide_disjoint"]),
+        (
+            "tracks",
+            "norman_subset",
+            ["in_dist", "unseen_gene"],
+            ["track batch_disjoint", "track guide_disjoint"],
+        ),
         ("unseen_combo", "norman_subset", ["in_dist", "unseen_combo", "unseen_gene"], []),
     ],
 )
@@ -216,7 +221,8 @@ def test_a_grid_of_tracks_leaves_out_those_that_the_dataset_does_not_have(grid, 
 RECIPES = [
     path
     for path in sorted((ROOT / "params").glob("*.yaml"))
-    if path.stem not in ("datasets", "checkpoints", "references", "ablation", "short", "tracks", "unseen_combo")
+    if path.stem
+    not in ("datasets", "checkpoints", "references", "ablation", "short", "tracks", "unseen_combo")
 ]
 
 

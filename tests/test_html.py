@@ -61,7 +61,9 @@ def test_a_page_is_self_contained_and_links_to_what_it_has(notebook):
     (script,) = re.findall("<script>(.*?)</script>", page, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert page.count("<script") == 1 and "aria-sort" in script
-    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+    )
 
 
 def test_a_page_has_contents_title_and_footer(notebook):

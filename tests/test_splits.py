@@ -214,7 +214,10 @@ def test_controls_have_roles_too():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"track": "in_distribution"}, r"track: expected one of \('in_dist',\), got 'in_distribution'"),
+        (
+            {"track": "in_distribution"},
+            "track: expected one of in_dist, batch_disjoint, .*, got 'in_distribution'",
+        ),
         ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
         ({"seed": 1.0}, "seed: .* got 1.0"),
         ({"seed": True}, "seed: .* got True"),

@@ -25,11 +25,11 @@ DOUBLES = ["G00+G01", "G00+G02", "G03+G04", "G05+G06", "G07+G08", "G02+G09", "G1
 
 
 @st.composite
-def screens(draw, *, n_batches=st.integers(2, 6), n_guides=st.integers(2, 5)):
+def screens(draw, *, n_batches=(2, 6), n_guides=(2, 5)):
     """obs of singles, doubles and controls, with batches and guides."""
     singles = draw(st.lists(st.sampled_from(GENES), min_size=4, unique=True))
     doubles = draw(st.lists(st.sampled_from(DOUBLES), min_size=3, unique=True))
-    batches, guides, cells = draw(n_batches), draw(n_guides), draw(st.integers(6, 20))
+    batches, guides, cells = (draw(st.integers(*limits)) for limits in (n_batches, n_guides, (6, 20)))
     conditions = np.repeat([CTRL, *sorted(singles), *sorted(doubles)], cells)
     number = np.arange(len(conditions))
     obs = pd.DataFrame({"condition": conditions}, index=[f"cell{i}" for i in number])
@@ -65,7 +65,7 @@ def test_batches_are_held_out_whole(obs, seed):
 
 
 @settings(max_examples=25)
-@given(obs=screens(n_guides=st.integers(1, 5)), seed=st.integers(0, 20))
+@given(obs=screens(n_guides=(1, 5)), seed=st.integers(0, 20))
 def test_guides_are_held_out_whole(obs, seed):
     if obs["guide"].nunique() == obs["condition"].nunique():
         with pytest.raises(TrackError, match="two guides or more"):
@@ -80,7 +80,9 @@ def test_guides_are_held_out_whole(obs, seed):
 
 
 def test_a_condition_with_one_guide_is_trained_on_and_cells_without_a_guide_are_not_used():
-    obs = pd.DataFrame({"condition": ["A"] * 6 + ["B"] * 9, "guide": ["a"] * 6 + ["b1", "b2", "unassigned"] * 3})
+    obs = pd.DataFrame(
+        {"condition": ["A"] * 6 + ["B"] * 9, "guide": ["a"] * 6 + ["b1", "b2", "unassigned"] * 3}
+    )
     obs.index = [f"c{i}" for i in range(len(obs))]
     roles = make_split(obs, track="guide_disjoint", seed=0).roles
     # Two guides leave none for validation, which then takes cells of those that are trained on.
@@ -104,7 +106,9 @@ def test_held_out_conditions_are_never_trained_on(name, obs, seed):
         held = [{gene for each in part for gene in targets(each)} - {g for c in trained for g in targets(c)}
                 for part in (query, val)]  # fmt: skip
         assert all(held)
-        assert len(query) <= max(round(0.2 * obs["condition"].nunique()), min(map(len, by_gene(obs).values())))
+        assert len(query) <= max(
+            round(0.2 * obs["condition"].nunique()), min(map(len, by_gene(obs).values()))
+        )
     halves = pd.crosstab(obs["condition"], split.roles).loc[sorted(query), ["gallery", "query"]]
     assert (halves.diff(axis=1).iloc[:, 1].isin([0, -1])).all()
 
@@ -149,12 +153,13 @@ def test_roles_are_the_same_in_another_process():
         "print([make_split(o, track=t, seed=1).hash for t in ('in_dist', 'batch_disjoint', 'guide_disjoint',"
         "'unseen_combo', 'unseen_gene')])"
     )
+    options = {"capture_output": True, "text": True, "check": True}
     found = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**toy.environment(), "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], env=toy.environment(PYTHONHASHSEED=seed), **options
         ).stdout
         for seed in ("0", "7")
-    }  # fmt: skip
+    }
     assert len(found) == 1 and len(found.pop()) > 300
 
 
@@ -163,7 +168,7 @@ def test_roles_are_the_same_in_another_process():
     [
         ("batch_disjoint", {}, "expected a screen with a batch.*batch_key"),
         ("guide_disjoint", {}, "expected a screen with a guide.*guide_key"),
-        ("batch_disjoint", {"batch": "b"}, "expected two batches or more, got .'b'."),
+        ("batch_disjoint", {"batch": "b"}, "expected two batches or more, got .*'b'"),
         ("unseen_combo", {}, "expected two conditions or more that combine genes, got 0"),
     ],
 )
@@ -189,7 +194,9 @@ def test_uniform_numbers_are_of_the_name():
     names = [f"n{i}" for i in range(4000)]
     numbers = uniform(names, "salt")
     assert abs(numbers.mean() - 0.5) < 0.02 and 0 <= numbers.min() and numbers.max() < 1
-    assert (uniform(names[::-1], "salt")[::-1] == numbers).all() and (uniform(names, "other") != numbers).all()
+    assert (uniform(names[::-1], "salt")[::-1] == numbers).all() and (
+        uniform(names, "other") != numbers
+    ).all()
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +250,9 @@ def with_other_queries(screen, split):
 
 def saved_files(encoder, directory):
     encoder.save(directory)
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()
+    }
 
 
 def fitted_on(screen, split, fit, directory):
@@ -267,10 +276,14 @@ def test_nothing_fitted_depends_on_a_query_cell(wide, tmp_path, name, encoder):
         return fit_baseline(encoder, prepared, seed=0, search=search)
 
     screens_ = (wide, with_other_queries(wide, split))
-    (fitted, mine), (_, theirs) = (fitted_on(s, split, fit, tmp_path / str(i)) for i, s in enumerate(screens_))
+    (fitted, mine), (_, theirs) = (
+        fitted_on(s, split, fit, tmp_path / str(i)) for i, s in enumerate(screens_)
+    )
     assert mine == theirs
     ranks = [
-        evaluate(fitted.encoder, prepare(s, split, mask="all_targets"), query_sizes=(1,), ablation=["cells_hash"])["rank"]
+        evaluate(
+            fitted.encoder, prepare(s, split, mask="all_targets"), query_sizes=(1,), ablation=["cells_hash"]
+        )["rank"]
         for s in screens_
     ]
     assert not ranks[0].equals(ranks[1])
@@ -323,7 +336,13 @@ def test_a_report_has_a_column_for_each_track_and_candidate_set(wide, tmp_path):
     for encoder, search in (("pca", {"n_components": [10]}), ("logreg", {"C": [0.1], "scale": [False]})):
         for name in ("in_dist", "unseen_combo"):
             run = open_run(
-                wide, encoder=encoder, mask="all_targets", seed=0, track=name, search=search, outputs=str(tmp_path)
+                wide,
+                encoder=encoder,
+                mask="all_targets",
+                seed=0,
+                track=name,
+                search=search,
+                outputs=str(tmp_path),
             )
             evaluate_run(run, **settings_)
             text = sentences.setting(run)

@@ -220,5 +220,5 @@ def labelled(obs, groups=None):
 
 def environment(**changes):
     """Of a new process that finds this package."""
-    path = [str(ROOT), os.environ.get("PYTHONPATH")]
+    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **changes}

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -155,6 +155,13 @@ class Prepared:
     context: Context
     truth: object | None = None
     candidate_sets: tuple[str, ...] = ("train",)
+
+    def for_fitting(self) -> "Prepared":
+        """The same without cells in the roles `query` and `unused`: what no fit holds, no fit depends on."""
+        kept = np.flatnonzero(~np.isin(self.roles, ("query", "unused")))
+        return replace(
+            self, cells=self.cells.take(kept), conditions=self.conditions[kept], roles=self.roles[kept]
+        )
 
     def where(self, role: str, *, controls: bool = False) -> np.ndarray:
         """Positions of the cells in `role`; control cells only when `controls`."""

@@ -84,8 +84,8 @@ def make_split(
     seed : int
         At least 0.
     fractions : three floats
-        Of train, val and query; not negative, train above 0, sum 1. What they are shares of, cells, guides or conditions,
-        is the track's to say.
+        Of train, val and query; not negative, train above 0, sum 1. What they are shares of, cells, guides or
+        conditions, is the track's to say.
     groups : ndarray of int, shape (n_cells,), optional
         Cells with equal numbers, such as copies of one cell, share one role, whatever their conditions.
 

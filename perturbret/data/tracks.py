@@ -1,6 +1,7 @@
 """Tracks: which cells are trained on, chosen on and asked about, from names and labels alone.
 
-A track registers itself with `@track`. The query cells of a track are the same for every seed; the seed divides the rest.
+A track registers itself with `@track`. The query cells of a track are the same for every seed; the seed divides the
+rest.
 """
 
 import hashlib
@@ -72,8 +73,8 @@ class Track:
     assign : callable
         (cells, seed, fractions of train, val and query) -> roles, ndarray of str (n,).
     candidates : tuple of str
-        The candidate sets that queries are ranked in, of `perturbret.evaluation.scoring.CANDIDATES`: the first is the one that
-        settings are chosen under.
+        The candidate sets that queries are ranked in, of `perturbret.evaluation.scoring.CANDIDATES`: the first is the
+        one that settings are chosen under.
     holds_out : str
         What no fit has seen of a query, in words: it completes "queries are of ...".
     needs : str
@@ -102,7 +103,7 @@ class Track:
         for column in ("condition", "batch", "guide"):
             cells.codes(column)
         found = np.asarray(self.assign(cells, seed, fractions), str)
-        unknown = sorted(set(found) - set(ROLES))
+        unknown = sorted({str(role) for role in found} - set(ROLES))
         if len(found) != len(cells.obs) or unknown:
             raise ValueError(
                 f"track {self.name}: expected a role of {ROLES} for each of {len(cells.obs)} cells, got {len(found)} "
@@ -114,7 +115,9 @@ class Track:
 TRACKS: dict[str, Track] = {}
 
 
-def track(name: str, *, candidates: str | tuple[str, ...], holds_out: str, needs: str = "") -> Callable[[Assign], Assign]:
+def track(
+    name: str, *, candidates: str | tuple[str, ...], holds_out: str, needs: str = ""
+) -> Callable[[Assign], Assign]:
     """Register the decorated function as `Track.assign` under `name`; parameters as in `Track`."""
     sets = (candidates,) if isinstance(candidates, str) else tuple(candidates)
 
@@ -135,7 +138,9 @@ def find_track(name: str) -> Track:
     return TRACKS[name]
 
 
-@track("in_dist", candidates="train", holds_out="other cells of the conditions, batches and guides trained on")
+@track(
+    "in_dist", candidates="train", holds_out="other cells of the conditions, batches and guides trained on"
+)
 def in_dist(cells: Labelled, seed: int, fractions: tuple[float, float, float]) -> np.ndarray:
     """The cells of each condition, controls too, divided into train, val and query.
 
@@ -169,8 +174,9 @@ def in_dist(cells: Labelled, seed: int, fractions: tuple[float, float, float]) -
 def batch_disjoint(cells: Labelled, seed: int, fractions: tuple[float, float, float]) -> np.ndarray:
     """Whole batches held out, the same for every condition: some for query, some of the others for val.
 
-    Of K batches query gets max(1, round(K x its fraction)), val likewise of the rest; of two batches val has none, and is
-    drawn cell by cell from the one that is trained on. Conditions without a cell in the batches trained on are not used.
+    Of K batches query gets max(1, round(K x its fraction)), val likewise of the rest; of two batches val has none,
+    and is drawn cell by cell from the one that is trained on. Conditions without a cell in the batches trained on are
+    not used.
     """
     batch = cells.obs["batch"].to_numpy(str)
     query, val = _held_out(np.unique(batch), "batch_disjoint", seed, fractions)
@@ -190,9 +196,10 @@ def batch_disjoint(cells: Labelled, seed: int, fractions: tuple[float, float, fl
 def guide_disjoint(cells: Labelled, seed: int, fractions: tuple[float, float, float]) -> np.ndarray:
     """Whole guides of each condition, controls too, held out: some for query, some of the others for val.
 
-    Of a condition's K guides query gets max(1, round(K x its fraction)) where K > 1, val likewise of the rest; a condition
-    with one guide is trained on and never asked about. Where no condition has three guides, val is drawn cell by cell
-    from the guides trained on. Cells without a guide are not used where guides of their condition are held out.
+    Of a condition's K guides query gets max(1, round(K x its fraction)) where K > 1, val likewise of the rest; a
+    condition with one guide is trained on and never asked about. Where no condition has three guides, val is drawn
+    cell by cell from the guides trained on. Cells without a guide are not used where guides of their condition are
+    held out.
     """
     conditions, guides = cells.conditions, cells.obs["guide"].to_numpy(str)
     roles = np.full(len(guides), "train", dtype=object)
@@ -225,8 +232,8 @@ def unseen_combo(cells: Labelled, seed: int, fractions: tuple[float, float, floa
         raise TrackError(
             f"track unseen_combo: expected two conditions or more that combine genes, got {len(combinations)}"
         )
-    n_val, n_query = (round(len(combinations) * share) for share in fractions[1:])
-    query, unseen = _draw_combinations(known, max(n_query, 1), "unseen_combo\0query")
+    n_val, n_query = (max(round(len(combinations) * share), int(share > 0)) for share in fractions[1:])
+    query, unseen = _draw_combinations(known, n_query, "unseen_combo\0query")
     rest = [condition for condition in known if condition not in query | unseen]
     val, unseen_too = _draw_combinations(rest, n_val, f"unseen_combo\0{seed}")
     return _held_out_conditions(cells, query, val, unseen | unseen_too, "unseen_combo", seed)
@@ -288,8 +295,8 @@ def _val_by_cell(cells: Labelled, roles: np.ndarray, salt: str, fractions) -> np
 def _draw_combinations(conditions: Sequence[str], n: int, salt: str) -> tuple[set[str], set[str]]:
     """About `n` combinations, by `STRATA`, and the other conditions whose genes must not occur in training.
 
-    Pairs of genes, then genes, are taken out in random order while their combinations fit into the strata of 0 and 1 gene
-    seen; the rest are combinations whose genes still occur in what is left.
+    Pairs of genes, then genes, are taken out in random order while their combinations fit into the strata of 0 and 1
+    gene seen; the rest are combinations whose genes still occur in what is left.
     """
     combinations = {condition: set(targets(condition)) for condition in conditions if "+" in condition}
     wanted = _shares(n, STRATA)
@@ -314,7 +321,9 @@ def _draw_combinations(conditions: Sequence[str], n: int, salt: str) -> tuple[se
         if genes_seen(name, others) == len(combinations[name]):
             drawn.add(name)
             left = others
-    return drawn, unseen
+    if n and not drawn:
+        drawn = set(_in_random_order(combinations, f"{salt}\0combination")[:1])
+    return drawn, unseen - drawn
 
 
 def _draw_genes(conditions: Sequence[str], n: float, salt: str) -> set[str]:

@@ -269,7 +269,7 @@ def fit_method(
     ValueError
         See `fit_baseline`.
     """
-    used = METHODS[name]
+    used, prepared = METHODS[name], prepared.for_fitting()
     training = Training(prepared, kind or name, seed)
     if fixed is not None:
         (encoder,) = used.fit(training, [dict(fixed)])

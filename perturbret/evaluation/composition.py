@@ -18,9 +18,7 @@ def composable(prepared: Prepared, role: str) -> tuple[str, ...]:
     known = set(prepared.conditions[np.isin(prepared.roles, ("train", "gallery"))])
     roles = ("val",) if role == "val" else ("val", "query")
     held_out = set(prepared.conditions[np.isin(prepared.roles, roles)]) - set(prepared.candidates)
-    return tuple(
-        sorted(name for name in held_out if len(targets(name)) > 1 and set(targets(name)) <= known)
-    )
+    return tuple(sorted(name for name in held_out if len(targets(name)) > 1 and set(targets(name)) <= known))
 
 
 def compose(encoder, prepared: Prepared, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -31,7 +29,8 @@ def compose(encoder, prepared: Prepared, names: tuple[str, ...]) -> dict[str, np
 
         added              c + sum over genes of (m(g) - c)
         scaled             c + a x that sum; a by least squares over the combinations in training, 1 without any
-        added_expression   the embedding of a cell whose expression is composed like `added`: from mean shares of UMIs, cut
+        added_expression   the embedding of a cell whose expression is composed like `added`: from mean shares of
+        UMIs, cut
                            off at 0, with the median total of training cells; not of embeddings that came with the cells
 
     Additive effects: Norman et al. 2019, Science 365:786.

@@ -23,10 +23,10 @@ def occlusion(
 ) -> pd.DataFrame:
     """How far the score of the true condition falls, against the mean score of the others, without one gene's counts.
 
-    Occlusion (Zeiler & Fergus 2014, ECCV): the counts of a gene, and what they add to the total, are taken out of query cells as
-    a mask would. Only genes that training cells of the condition express otherwise than all training cells are looked at: the
-    `n_genes` of largest |difference of mean log1p(counts per 10,000)|. What a gene stands for may be carried by others as well:
-    a small fall says little, a large one that the method goes by this gene.
+    Occlusion (Zeiler & Fergus 2014, ECCV): the counts of a gene, and what they add to the total, are taken out of
+    query cells as a mask would. Only genes that training cells of the condition express otherwise than all training
+    cells are looked at: the `n_genes` of largest |difference of mean log1p(counts per 10,000)|. What a gene stands
+    for may be carried by others as well: a small fall says little, a large one that the method goes by this gene.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ def occlusion(
     Returns
     -------
     pandas.DataFrame
-        condition, gene, `fall` (mean over cells, in units of the scoring), `error` (its standard error), `expressed` (share of
-        these cells that count the gene), n_cells; largest fall first within a condition.
+        condition, gene, `fall` (mean over cells, in units of the scoring), `error` (its standard error), `expressed`
+        (share of these cells that count the gene), n_cells; largest fall first within a condition.
     """
     names = candidate_names(prepared, prepared.candidate_sets[0], "query")
     rank = _scorer(encoder, prepared, names, library, scoring, seed)
@@ -82,7 +82,9 @@ def _scorer(encoder, prepared: Prepared, names, library: str, scoring: str, seed
     """Cells -> scores (n, candidates) at a read-out."""
     if library == "none":
         prior = encoder.log_prior if scoring == "classifier_corrected" else None
-        return lambda cells: class_scores(encoder.log_proba(encoder.embed(cells)), encoder.classes, names, prior)
+        return lambda cells: class_scores(
+            encoder.log_proba(encoder.embed(cells)), encoder.classes, names, prior
+        )
     rows = library_cells(prepared, prepared.candidate_sets[0], "query")
     embeddings, conditions = encoder.embed(prepared.cells.take(rows)), prepared.conditions[rows]
     made = build_library(embeddings, conditions, kind=library, seed=seed)

@@ -272,7 +272,13 @@ def _make_blocks(
 
 
 def _libraries(
-    encoder, prepared: Prepared, cells: np.ndarray, kinds: Sequence[str], candidates: str, role: str, seed: int
+    encoder,
+    prepared: Prepared,
+    cells: np.ndarray,
+    kinds: Sequence[str],
+    candidates: str,
+    role: str,
+    seed: int,
 ) -> tuple[np.ndarray, list[Library]]:
     """Embeddings of the library's cells, and the libraries: one of each kind, or one for each way to compose."""
     embeddings, conditions = encoder.embed(prepared.cells.take(cells)), prepared.conditions[cells]

@@ -58,8 +58,8 @@ def best_readout(
 ) -> tuple[str, float]:
     """The best read-out of single validation cells with a mean library, and its exact_hit@1.
 
-    Among the candidates that the track is read under; where its validation cells are of conditions that no fit has seen,
-    a classifier has no class for them, and is judged by cosine to its embeddings.
+    Among the candidates that the track is read under; where its validation cells are of conditions that no fit has
+    seen, a classifier has no class for them, and is judged by cosine to its embeddings.
 
     Parameters
     ----------

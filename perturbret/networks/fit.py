@@ -65,6 +65,7 @@ def fit_network(
     ValueError
         A setting is unknown or out of range; no training cells, or no validation cells to choose on.
     """
+    prepared = prepared.for_fitting()
     if len(prepared.candidates) < 2:
         raise ValueError(
             f"prepared: expected training cells of 2 conditions or more, got {len(prepared.candidates)}"

@@ -252,8 +252,11 @@ def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: d
     )
 
 
-def informative_genes(report: Report, screen: Screen, encoder: str, conditions: pd.DataFrame, *, outputs: str = "") -> pd.DataFrame:
-    """What the first run of a method goes by in the three conditions that it finds best: `evaluation.occlusion`, five genes each.
+def informative_genes(
+    report: Report, screen: Screen, encoder: str, conditions: pd.DataFrame, *, outputs: str = ""
+) -> pd.DataFrame:
+    """What the first run of a method goes by in the three conditions that it finds best: `evaluation.occlusion`, five
+    genes each.
 
     Empty where no condition is found at all.
     """
@@ -261,7 +264,9 @@ def informative_genes(report: Report, screen: Screen, encoder: str, conditions: 
     best = conditions[conditions["estimate"] > 0].nlargest(3, "estimate")["condition"].tolist()
     if not best:
         return pd.DataFrame(columns=["condition", "gene", "fall", "error", "expressed", "n_cells"])
-    run = open_saved(screen, run=choice["run"], outputs=outputs, encoder="", mask="", track="", seed=-1, search={})
+    run = open_saved(
+        screen, run=choice["run"], outputs=outputs, encoder="", mask="", track="", seed=-1, search={}
+    )
     loaded = load_encoder(run.directory, cache=cache_directory(run))
     table = occlusion(loaded, run.prepared, best, library=choice["library"], scoring=choice["scoring"])
     return table.groupby("condition", sort=False).head(5).reset_index(drop=True)
@@ -342,20 +347,23 @@ def confusion(report: Report, encoder: str, n: int = 12) -> pd.DataFrame:
 
 
 def gains(report: Report, one: str, other: str) -> pd.DataFrame:
-    """What one method hits more than another in each condition, on the same query cells at the read-out of their verdict.
+    """What one method hits more than another in each condition, on the same query cells at the read-out of their
+    verdict.
 
     Returns
     -------
     pandas.DataFrame
         condition, n_cells, `other` and `one` (exact_hit@1 over cells and repeats), gain with ci_low and ci_high (normal
-        approximation over the condition's cells: one condition alone, nothing is adjusted for looking at many); empty where
-        the two have no read-out in common. Largest gain first.
+        approximation over the condition's cells: one condition alone, nothing is adjusted for looking at many); empty
+        where the two have no read-out in common. Largest gain first.
     """
     hits = [part.groupby("query_id")["exact_hit@1"].mean() for part in _at_common(report, one, other)]
     columns = ["condition", "n_cells", "other", "one", "gain", "ci_low", "ci_high"]
     if not hits:
         return pd.DataFrame(columns=columns)
-    conditions = _at_common(report, one, other)[0].drop_duplicates("query_id").set_index("query_id")["condition"]
+    conditions = (
+        _at_common(report, one, other)[0].drop_duplicates("query_id").set_index("query_id")["condition"]
+    )
     table = pd.DataFrame({"one": hits[0], "other": hits[1], "condition": conditions})
     table["gain"] = table["one"] - table["other"]
     grouped = table.groupby("condition")
@@ -371,8 +379,8 @@ def changed_confusions(report: Report, one: str, other: str, n: int = 12) -> pd.
     Returns
     -------
     pandas.DataFrame
-        condition, `ranked first` in its place, relation (whether the two share a target), `other` and `one`: shares of the
-        condition's cells so confused; change.
+        condition, `ranked first` in its place, relation (whether the two share a target), `other` and `one`: shares
+        of the condition's cells so confused; change.
     """
     shares = []
     for part in _at_common(report, one, other):
@@ -381,11 +389,11 @@ def changed_confusions(report: Report, one: str, other: str, n: int = 12) -> pd.
     if not shares:
         return pd.DataFrame(columns=["condition", "ranked first", "relation", "other", "one", "change"])
     table = pd.concat(shares, axis=1, keys=["one", "other"]).fillna(0.0).reset_index()
-    table = table[table["condition"] != table["ranked first"]].assign(
-        change=lambda rows: rows["one"] - rows["other"]
-    )
+    table["change"] = table["one"] - table["other"]
     table["size"] = table["change"].abs()
-    table = table.sort_values(["size", "condition", "ranked first"], ascending=[False, True, True]).head(n)
+    table = table[(table["condition"] != table["ranked first"]) & (table["size"] > 0)]
+    order = ["size", "condition", "ranked first"]
+    table = table.sort_values(order, ascending=[False, True, True]).head(n)
     pairs = zip(table["condition"], table["ranked first"], strict=True)
     shared = [bool(set(targets(true)) & set(targets(found))) for true, found in pairs]
     table["relation"] = np.where(shared, "shares a target", "")

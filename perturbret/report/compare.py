@@ -194,9 +194,7 @@ def label_methods(runs: list[Finished]) -> list[Finished]:
     for run in runs:
         known = (run.identity.arena, run.identity.method)
         alike = [
-            other.identity.request
-            for other in runs
-            if (other.identity.arena, other.identity.method) == known
+            other.identity.request for other in runs if (other.identity.arena, other.identity.method) == known
         ]
         keys = sorted({key for request in alike for key in request})
         differ = [key for key in keys if len({request.get(key) for request in alike}) > 1]

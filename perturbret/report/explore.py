@@ -97,5 +97,7 @@ def _principal_components(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     places, shares = np.zeros((len(centred), 2)), np.zeros(2)
     found = vectors[:, first] * np.sqrt(np.maximum(values[first], 0)) if wide else centred @ vectors[:, first]
     places[:, : len(first)] = found
-    shares[: len(first)] = np.maximum(values[first], 0) / max(np.sum(np.maximum(values, 0)), np.finfo(float).tiny)
+    shares[: len(first)] = np.maximum(values[first], 0) / max(
+        np.sum(np.maximum(values, 0)), np.finfo(float).tiny
+    )
     return places, shares

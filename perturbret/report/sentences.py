@@ -7,10 +7,10 @@ from ..data.conditions import CTRL
 from ..data.masking import UNSAFE
 from ..data.prepared import Prepared
 from ..data.tracks import find_track
+from ..evaluation.composition import composable
 from ..evaluation.metrics import coverage_area
 from ..evaluation.nulls import null_limits
 from ..evaluation.readouts import readout_name
-from ..evaluation.composition import composable
 from ..evaluation.scoring import candidate_names, candidate_sets
 from ..evaluation.stats import measured_coverage
 from ..runs.runs import Run
@@ -52,8 +52,8 @@ def _candidates(prepared: Prepared) -> str:
     if not more:
         return trained
     line = (
-        f"{trained} and {more} that no fit sees, by prototypes of other cells of theirs (role `gallery`). A classifier has "
-        "no class for these: its embeddings are compared, as any others"
+        f"{trained} and {more} that no fit sees, by prototypes of other cells of theirs (role `gallery`). A "
+        "classifier has no class for these: its embeddings are compared, as any others"
     )
     if "predicted" in candidate_sets(prepared):
         composed = len(composable(prepared, "query"))
@@ -163,11 +163,15 @@ def _choice(report: Report, material: float) -> tuple[str, str] | None:
     against = report.asked("baseline")
     own = against[against.index.isin(modes)]
     if own.empty:
-        return plain(report.baseline), "the best simple opponent on validation cells; no network was compared with it"
+        return plain(
+            report.baseline
+        ), "the best simple opponent on validation cells; no network was compared with it"
     first = own[(own["verdict"] == "better") & (own["low"] >= material)].sort_values("difference").tail(1)
     for row in first.itertuples():
         gain = f"{percent(row.difference, True)} {span(row.low, row.high, True)}"
-        return plain(row.Index), f"{gain} over {plain(report.baseline)}, at least {percent(material)} for sure"
+        return plain(
+            row.Index
+        ), f"{gain} over {plain(report.baseline)}, at least {percent(material)} for sure"
     if own["high"].isna().all():
         return plain(report.baseline), "no mode of scGPT could be compared with it"
     most = own.loc[own["high"].idxmax()]

@@ -112,7 +112,8 @@ def method_table(report: Report) -> pd.DataFrame:
 
 
 def track_table(report: Report) -> pd.DataFrame:
-    """exact_hit@1 of every method wherever it was run: a column per track and share of labels, each with its own candidates.
+    """exact_hit@1 of every method wherever it was run: a column per track and share of labels, each with its own
+    candidates.
 
     The verdict is that against the track's own baseline. What is not comparable between columns is the level: read each
     against its chance, the last row.

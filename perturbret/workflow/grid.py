@@ -35,8 +35,8 @@ class PlannedRun:
     Attributes
     ----------
     name : str
-        `<recipe>-<mask>-seed<seed>`, then `-<name>=<value>` of whatever else varies, the default track left out; the name
-        of its directory.
+        `<recipe>-<mask>-seed<seed>`, then `-<name>=<value>` of whatever else varies, the default track left out; the
+        name of its directory.
     recipe : str
     varied : mapping of name to value
         Mask and seed, then whatever else varies.

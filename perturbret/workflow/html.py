@@ -134,9 +134,12 @@ def _page(
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     frame = {"home": home, "context": context, "error": error, "error_anchor": error_anchor, "footer": footer}
-    return environment.get_template(template).render(
-        style=style, script=script, script_hash=f"sha256-{digest}", **frame, **content
-    ) + "\n"
+    return (
+        environment.get_template(template).render(
+            style=style, script=script, script_hash=f"sha256-{digest}", **frame, **content
+        )
+        + "\n"
+    )
 
 
 def _banner(node) -> str | None:
