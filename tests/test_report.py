@@ -356,7 +356,6 @@ def test_the_identity_is_for_reading_and_makes_no_fit_stale(screen, outputs, tmp
     [
         ("train_share", 1.0, 0.5),
         ("track", "in_dist", "batch_disjoint"),
-        ("candidates", "train", "observed"),
     ],
 )
 def test_tracks_shares_and_candidates_are_told_apart_and_compared_only_within(

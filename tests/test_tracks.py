@@ -60,7 +60,10 @@ def test_batches_are_held_out_whole(obs, seed):
     roles = make_split(obs, track="batch_disjoint", seed=seed).roles
     batches = {role: set(obs["batch"][roles == role]) for role in ("train", "val", "query")}
     assert not batches["query"] & (batches["train"] | batches["val"])
-    assert not batches["train"] & batches["val"] or obs["batch"].nunique() == 2
+    for condition in set(obs["condition"]):
+        own = obs["condition"] == condition
+        trained, val = (set(obs["batch"][own & (roles == role)]) for role in ("train", "val"))
+        assert not trained & val or obs["batch"].nunique() == 2
     assert set(obs["condition"][roles == "query"]) <= set(obs["condition"][roles == "train"])
 
 

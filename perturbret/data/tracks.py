@@ -187,8 +187,12 @@ def batch_disjoint(cells: Labelled, seed: int, fractions: tuple[float, float, fl
     roles[np.isin(batch, sorted(val))] = "val"
     if not val:
         roles = _val_by_cell(cells, roles, f"batch_disjoint\0{seed}", fractions)
-    trained = np.unique(cells.conditions[roles == "train"])
-    roles[~np.isin(cells.conditions, trained)] = "unused"
+    for condition in np.unique(cells.conditions):
+        own = cells.conditions == condition
+        if not (roles[own] == "train").any():
+            roles[own & (roles == "val")] = "train"
+            if not (roles[own] == "train").any():
+                roles[own] = "unused"
     return roles
 
 
