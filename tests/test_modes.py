@@ -207,8 +207,9 @@ def test_training_reads_the_tokens_that_evaluation_reads(fit, tiny_prepared, mon
 
     monkeypatch.setattr(modes, "train", observed)
     backbone = fit(mode="lora_head").encoder.backbone
-    tokens = tokenize(tiny_prepared.cells, backbone.token_ids, backbone.vocabulary, **backbone.token_settings)
-    assert seen == [tokens.hash]
+    cells = tiny_prepared.for_fitting().cells
+    tokens = tokenize(cells, backbone.token_ids, backbone.vocabulary, **backbone.token_settings)
+    assert seen == [tokens.hash] and len(cells) < len(tiny_prepared.cells)
 
 
 def test_another_checkpoint_gives_other_metrics(fit, tiny_prepared, tmp_path):
@@ -279,7 +280,7 @@ def test_a_run_leaves_the_global_random_numbers_alone(fit):
 
 
 def test_errors(fit, tiny_prepared):
-    with pytest.raises(ValueError, match="expected validation cells of trained conditions"):
+    with pytest.raises(ValueError, match="expected validation cells of candidates"):
         fit(without_validation(tiny_prepared), mode="head")
     with pytest.raises(ValueError, match="lr_head: expected a number, got '1e-3'"):
         fit(mode="head", lr_head="1e-3")
