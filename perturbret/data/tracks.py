@@ -14,11 +14,13 @@ import pandas as pd
 from ..files.plugins import load_plugins
 from .conditions import CTRL, targets
 
-# `gallery`: prototypes of conditions that no fit sees. `unused`: read by nothing.
+# `gallery`: makes prototypes, and no fit sees it. `unused`: read by nothing.
 ROLES = ("train", "val", "gallery", "query", "unused")
 # Which doubles `unseen_combo` asks about, by how many of their genes occur in training: shares of 0, 1 and 2.
 STRATA = (0.25, 0.25, 0.5)
 _UNKNOWN = "unassigned"
+# Share of a condition's cells that make its prototypes where conditions are held out.
+_GALLERY = 0.2
 
 
 class TrackError(ValueError):
@@ -228,7 +230,7 @@ def unseen_combo(cells: Labelled, seed: int, fractions: tuple[float, float, floa
 
     For those with a gene that must not occur, every condition of that gene is held out: its combinations are asked
     about, the gene alone makes prototypes only. How far `STRATA` is reached depends on the combinations that the screen
-    has. Cells of a held-out condition are divided evenly into gallery and query, or gallery and val.
+    has. A fifth of every condition's cells is gallery.
     """
     known = sorted(set(cells.conditions) - {CTRL})
     combinations = [condition for condition in known if len(targets(condition)) > 1]
@@ -240,14 +242,14 @@ def unseen_combo(cells: Labelled, seed: int, fractions: tuple[float, float, floa
     query, unseen = _draw_combinations(known, n_query, "unseen_combo\0query")
     rest = [condition for condition in known if condition not in query | unseen]
     val, unseen_too = _draw_combinations(rest, n_val, f"unseen_combo\0{seed}")
-    return _held_out_conditions(cells, query, val, unseen | unseen_too, "unseen_combo", seed)
+    return _held_out_conditions(cells, query, val, unseen | unseen_too, "unseen_combo")
 
 
 @track("unseen_gene", candidates="observed", holds_out="genes not trained on")
 def unseen_gene(cells: Labelled, seed: int, fractions: tuple[float, float, float]) -> np.ndarray:
     """Genes held out with all of their conditions, which are up to the fraction of conditions, one gene at least.
 
-    Cells of a held-out condition are divided evenly into gallery and query, or gallery and val.
+    A fifth of every condition's cells is gallery.
     """
     known = sorted(set(cells.conditions) - {CTRL})
     n_val, n_query = (len(known) * share for share in fractions[1:])
@@ -258,7 +260,7 @@ def unseen_gene(cells: Labelled, seed: int, fractions: tuple[float, float, float
         raise TrackError(
             f"track unseen_gene: expected three genes or more that are not always together, got {len(known)} conditions"
         )
-    return _held_out_conditions(cells, query, val, set(), "unseen_gene", seed)
+    return _held_out_conditions(cells, query, val, set(), "unseen_gene")
 
 
 def uniform(names: Sequence[str], salt: str) -> np.ndarray:
@@ -342,17 +344,19 @@ def _draw_genes(conditions: Sequence[str], n: float, salt: str) -> set[str]:
 
 
 def _held_out_conditions(
-    cells: Labelled, query: set[str], val: set[str], gallery: set[str], name: str, seed: int
+    cells: Labelled, query: set[str], val: set[str], gallery: set[str], name: str
 ) -> np.ndarray:
-    """Roles where whole conditions are held out; `gallery`: conditions that only make prototypes."""
+    """Roles where whole conditions are held out; `gallery`: conditions that only make prototypes.
+
+    A fifth of every condition's cells, controls too, is gallery: prototypes of all are means of as many cells, which
+    no fit has seen. Others would stand apart by that alone.
+    """
     conditions, names = cells.conditions, cells.names
+    rank, size = _draw(cells.codes("condition"), cells.codes("batch"), names, f"{name}\0gallery")
     roles = np.full(len(names), "train", dtype=object)
-    roles[np.isin(conditions, sorted(gallery))] = "gallery"
-    for held, role, salt in ((query, "query", "query"), (val, "val", str(seed))):
-        rows = np.flatnonzero(np.isin(conditions, sorted(held)))
-        batch = cells.codes("batch")[rows]
-        rank, size = _draw(cells.codes("condition")[rows], batch, [names[i] for i in rows], f"{name}\0{salt}")
-        roles[rows] = np.where(rank < (size + 1) // 2, "gallery", role)
+    for held, role in ((gallery, "unused"), (val, "val"), (query, "query")):
+        roles[np.isin(conditions, sorted(held))] = role
+    roles[(rank < np.ceil(size * _GALLERY)) & (size > 1)] = "gallery"
     return roles
 
 

@@ -24,8 +24,8 @@ def composable(prepared: Prepared, role: str) -> tuple[str, ...]:
 def compose(encoder, prepared: Prepared, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Prototypes of combinations, from cells of their genes alone: for each of `COMPOSITIONS` float32 (len(names), d).
 
-    With m(g) the mean embedding of gene g's cells (training, or gallery where the gene is held out), and c that of the
-    training controls (of all training cells where there are none):
+    With m(g) the mean embedding of gene g's cells (gallery, or training where it has none), and c that of the
+    controls (of all training cells where there are none):
 
         added              c + sum over genes of (m(g) - c)
         scaled             c + a x that sum; a by least squares over the combinations in training, 1 without any
@@ -67,12 +67,12 @@ def compose(encoder, prepared: Prepared, names: tuple[str, ...]) -> dict[str, np
 
 
 def _means(values, conditions: np.ndarray, roles: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
-    """Mean rows of conditions: over training cells, or gallery cells of conditions without any."""
+    """Mean rows of conditions: over gallery cells, or training cells of conditions without any."""
     means = {}
     for name in names:
-        own, train = conditions == name, roles == "train"
-        rows = own & train if (own & train).any() else own
-        rows = np.flatnonzero(rows if rows.any() else train)
+        own, gallery = conditions == name, roles == "gallery"
+        rows = own & gallery if (own & gallery).any() else own
+        rows = np.flatnonzero(rows if rows.any() else ~gallery)
         means[name] = np.asarray(values[rows].mean(axis=0, dtype=np.float64)).ravel()
     return means
 

@@ -6,8 +6,7 @@ from scipy.sparse import diags_array
 
 from ..data.prepared import Cells, Prepared
 from .retrieval import build_library, class_scores, score_library
-from .scoring import candidate_names, library_cells, make_queries
-from .whitening import choose_shrinkage, whitener
+from .scoring import candidate_names, library_cells, make_queries, whitening
 
 
 def occlusion(
@@ -88,11 +87,7 @@ def _scorer(encoder, prepared: Prepared, names, library: str, scoring: str, seed
     rows = library_cells(prepared, prepared.candidate_sets[0], "query")
     embeddings, conditions = encoder.embed(prepared.cells.take(rows)), prepared.conditions[rows]
     made = build_library(embeddings, conditions, kind=library, seed=seed)
-    space = None
-    if scoring == "whitened":
-        train = prepared.roles[rows] == "train"
-        shrinkage = choose_shrinkage(embeddings[train], conditions[train])
-        space = whitener(embeddings[train], conditions[train], shrinkage=shrinkage)
+    space = whitening(encoder, prepared, rows, embeddings) if scoring == "whitened" else None
     return lambda cells: score_library(encoder.embed(cells), made, space)
 
 

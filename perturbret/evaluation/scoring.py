@@ -24,8 +24,7 @@ from .whitening import choose_shrinkage, whitener
 CLASSIFIER_SCORINGS = ("classifier", "classifier_corrected")
 ALL_SCORINGS = (*LIBRARY_SCORINGS, *CLASSIFIER_SCORINGS)
 POOLINGS = ("scores", "embeddings", "expression")
-# Roles whose cells make the library, by the name of the candidate set. `predicted` adds what `composition` predicts.
-LIBRARY_ROLES = {"train": ("train",), "observed": ("train", "gallery"), "predicted": ("train",)}
+CANDIDATES = ("train", "observed", "predicted")
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def score_queries(
     if by_library:
         cells = library_cells(prepared, candidates, role)
         made = _libraries(encoder, prepared, cells, libraries, candidates, role, seed)
-        yield from _by_library(prepared, blocks, by_library, cells, *made)
+        yield from _by_library(encoder, prepared, blocks, by_library, cells, *made)
     if by_class:
         log_probas = [encoder.log_proba(block.embeddings) for block in blocks if block.embeddings is not None]
         for scoring in by_class:
@@ -296,6 +295,7 @@ def _libraries(
 
 
 def _by_library(
+    encoder,
     prepared: Prepared,
     blocks: list[_Block],
     scorings: Sequence[str],
@@ -303,12 +303,8 @@ def _by_library(
     embeddings: np.ndarray,
     libraries: list[Library],
 ) -> Iterator[Scored]:
-    conditions, train = prepared.conditions[cells], prepared.roles[cells] == "train"
     for scoring in scorings:
-        space = None
-        if scoring == "whitened":
-            shrinkage = choose_shrinkage(embeddings[train], conditions[train])
-            space = whitener(embeddings[train], conditions[train], shrinkage=shrinkage)
+        space = whitening(encoder, prepared, cells, embeddings) if scoring == "whitened" else None
         views = [directions(block.embeddings, space) for block in blocks if block.embeddings is not None]
         for library in libraries:
             prototypes = directions(library.prototypes, space)
@@ -333,18 +329,33 @@ def _pooled(
 def library_cells(prepared: Prepared, candidates: str, role: str) -> np.ndarray:
     """Positions of the cells that make the library for queries of `role`, by condition and name.
 
-    For validation cells, of conditions held out for validation and of none that are held out for queries; what is
-    predicted (`composition`) has no cells here.
+    `train`: training cells. `observed`: of every condition its gallery cells, training cells where it has none.
+    `predicted`: the same, of conditions that were trained on. For validation cells, of no condition that is held out
+    for queries.
     """
-    if candidates not in LIBRARY_ROLES:
-        raise ValueError(f"candidates: expected one of {', '.join(LIBRARY_ROLES)}, got {candidates!r}")
-    cells = np.concatenate([prepared.where(each) for each in LIBRARY_ROLES[candidates]])
-    if role == "val":
-        asked = np.unique(prepared.conditions[prepared.where("val")])
-        known = (prepared.roles[cells] == "train") | np.isin(prepared.conditions[cells], asked)
+    if candidates not in CANDIDATES:
+        raise ValueError(f"candidates: expected one of {', '.join(CANDIDATES)}, got {candidates!r}")
+    cells = prepared.where("train")
+    if candidates != "train":
+        gallery = prepared.where("gallery")
+        stands = np.unique(prepared.conditions[gallery])
+        cells = np.concatenate([gallery, cells[~np.isin(prepared.conditions[cells], stands)]])
+        known = np.isin(prepared.conditions[cells], prepared.candidates)
+        if candidates == "observed":
+            asked = np.unique(prepared.conditions[prepared.where("val")])
+            known |= (role != "val") | np.isin(prepared.conditions[cells], asked)
         cells = cells[known]
     if not len(cells):
         raise ValueError(
-            f"candidates: expected cells in roles {LIBRARY_ROLES[candidates]}, found none but controls"
+            f"candidates: expected cells to make a library for {candidates!r}, found none but controls"
         )
     return by_name(prepared, cells)
+
+
+def whitening(encoder, prepared: Prepared, cells: np.ndarray, embeddings: np.ndarray) -> tuple:
+    """(mean, W) of the training cells; `cells` and their `embeddings` are not embedded again."""
+    train = by_name(prepared, prepared.where("train"))
+    if not np.array_equal(train, cells):
+        embeddings = encoder.embed(prepared.cells.take(train))
+    labels = prepared.conditions[train]
+    return whitener(embeddings, labels, shrinkage=choose_shrinkage(embeddings, labels))
