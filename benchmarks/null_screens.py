@@ -1,11 +1,11 @@
 """Do intervals cover chance where there is nothing to find? Simulated screens without effect, on every track.
 
-    python benchmarks/null_screens.py [--repeats 200] [--csv coverage.csv]
+    python benchmarks/null_screens.py [--repeats 50] [--csv coverage.csv]
 
 Each repeat draws a screen without effect, fits PCA and logistic regression on each track and judges them with all
-candidate sets, scorings, libraries, poolings and two query sizes. A row of the table: in what share of repeats the 95% interval
-of exact_hit@1 or mrr held chance, over all read-outs of that track, candidate set and query size; `low` is the read-out
-that did least.
+candidate sets, scorings, libraries, poolings and two query sizes. A row of the table: in what share of repeats the
+95% interval of exact_hit@1 or mrr held chance, over all read-outs of that track, candidate set and query size; `low`
+is the read-out that did least.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args()
