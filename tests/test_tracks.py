@@ -67,6 +67,16 @@ def test_batches_are_held_out_whole(obs, seed):
     assert set(obs["condition"][roles == "query"]) <= set(obs["condition"][roles == "train"])
 
 
+def test_seeds_hold_out_batches_in_turn():
+    obs = pd.DataFrame({"condition": list("AB") * 30, "batch": [f"b{i % 3}" for i in range(60)]})
+    obs.index = [f"c{i}" for i in range(60)]
+    val = [
+        obs["batch"][make_split(obs, track="batch_disjoint", seed=seed).roles == "val"] for seed in range(3)
+    ]
+    named = [set(part) for part in val]
+    assert all(len(part) == 1 for part in named) and named[0] != named[1] and named[0] == named[2]
+
+
 @settings(max_examples=25)
 @given(obs=screens(n_guides=(1, 5)), seed=st.integers(0, 20))
 def test_guides_are_held_out_whole(obs, seed):

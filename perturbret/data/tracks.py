@@ -283,7 +283,9 @@ def _held_out(
     query = _in_random_order(units, f"{salt}\0query")[:n_query]
     rest = [unit for unit in units if unit not in query]
     n_val = min(max(1, round(len(rest) * fractions[1] / (fractions[0] + fractions[1]))), len(rest) - 1)
-    return set(query), set(_in_random_order(rest, f"{salt}\0{seed}")[:n_val] if fractions[1] else [])
+    # In turn, so that with few units, too, seeds that follow one another hold out others.
+    order = np.roll(_in_random_order(rest, salt), -seed * max(n_val, 1))
+    return set(query), set(map(str, order[:n_val])) if fractions[1] else set()
 
 
 def _val_by_cell(cells: Labelled, roles: np.ndarray, salt: str, fractions) -> np.ndarray:
