@@ -111,9 +111,9 @@ def paired_differences(table: pd.DataFrame) -> Figure:
     Filled where the verdict is better or worse, hollow where there is no clear difference or none was judged.
     """
     titles = {
-        "baseline": "against the best simple opponent",
-        "adapting": "adapted against frozen",
-        "pretraining": "pretrained against random",
+        "baseline": "against the best\nsimple opponent",
+        "adapting": "adapted\nagainst frozen",
+        "pretraining": "pretrained\nagainst random",
     }
     questions = [question for question in titles if question in set(table["question"])]
     tallest = table["question"].value_counts().max()

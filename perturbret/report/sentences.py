@@ -309,7 +309,7 @@ def _interval_lines(report: Report) -> list[str]:
 def track_line(report: Report) -> str:
     """What one further track holds out, and how its methods compare, in Markdown."""
     held_out = find_track(report.track).holds_out
-    return bullets([f"Queries are of {held_out}; candidates `{report.candidates}`.", *_best_lines(report)])
+    return bullets([f"Queries are of {held_out}.", *_best_lines(report)])
 
 
 def conclusion(report: Report, encoder: str, conditions: pd.DataFrame) -> str:
