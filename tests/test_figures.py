@@ -101,7 +101,7 @@ def test_paired_differences_name_the_opponent_and_keep_their_ticks_apart():
     figure.canvas.draw()
     left, middle, _ = figure.axes
     titles = [axis.get_title(loc="left") for axis in (left, middle)]
-    assert titles == ["against the best simple opponent (mlp)", "adapted against frozen"]
+    assert titles == ["against the best\nsimple opponent (mlp)", "adapted\nagainst frozen"]
     assert labels(left) == methods  # the best on top
     assert [line.get_mfc() != "white" for line in left.lines if line.get_marker() == "o"] == [
         True,
