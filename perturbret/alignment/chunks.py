@@ -71,6 +71,15 @@ def chunked_screen(screen: Screen, split: Split | None = None, *, role: str = "t
     ------
     ValueError
         The split lacks cells of the screen, or none are in the role.
+
+    Examples
+    --------
+    >>> from perturbret.data import simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, cells_per_condition=20, n_genes=30)
+    >>> counts = chunked_screen(screen)
+    >>> sizes = [chunk.shape[0] for chunk, totals in counts.chunks(n_cells=32)]
+    >>> sizes[0], sum(sizes) == counts.n_cells == screen.n_cells
+    (32, True)
     """
     chosen, cells = np.arange(screen.n_cells), "all"
     if split is not None:

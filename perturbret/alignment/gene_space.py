@@ -156,6 +156,14 @@ def check_gene_space(
     ------
     GeneSpaceMismatch
         Names the first genes that differ, and whether only the order does.
+
+    Examples
+    --------
+    >>> check_gene_space(["HBG1", "KLF1"], ["HBG1", "KLF1"])
+    >>> check_gene_space(["HBG1", "KLF1"], ["KLF1", "HBG1"])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    perturbret.alignment.gene_space.GeneSpaceMismatch: gene space: ... position 0: HBG1 against KLF1, ...
     """
     expected, got = (list(map(str, g.names if isinstance(g, GeneSpace) else g)) for g in (checkpoint, data))
     if expected == got:
@@ -247,6 +255,18 @@ def write_gene_space(space: GeneSpace, directory: str | os.PathLike) -> None:
     GeneSpaceError
         A gene has not exactly one column in the screen, which hvg_info.json cannot say: then there is only the main
         file, which can.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.alignment import align, chunked_screen
+    >>> from perturbret.data import simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, cells_per_condition=20, n_genes=30)
+    >>> space = align([chunked_screen(screen)], n=10)
+    >>> with TemporaryDirectory() as directory:
+    ...     write_gene_space(space, directory)
+    ...     print(read_gene_space(directory) == space)
+    True
     """
     folder = Path(directory)
     write_json(folder / SPACE_FILE, to_json(space))

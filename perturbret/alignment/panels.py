@@ -135,7 +135,18 @@ WEIGHTS = ("cells", "equal")
 def align_screen(
     screen: Screen, references: Sequence[ChunkedCounts], *, split: Split | None = None, **options: Any
 ) -> GeneSpace:
-    """`align` for a fine-tuning screen: its training cells where it is split, its conditions as the perturbed."""
+    """`align` for a fine-tuning screen: its training cells where it is split, its conditions as the perturbed.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, cells_per_condition=20, n_genes=30, measured_targets=1.0)
+    >>> space = align_screen(screen, [], split=make_split(screen.obs, seed=0), n=10)
+    >>> len(space), set(screen.conditions) <= set(space.names)
+    (10, True)
+    >>> space.maps["simulated"].cells.partition(" (")[0]
+    'train of in_dist-seed0'
+    """
     datasets = [chunked_screen(screen, split), *references]
     return align(datasets, screen=screen.name, perturbed=screen.conditions, **options)
 
@@ -212,6 +223,16 @@ def align(
     -----
     UserWarning
         Fewer than `n` genes are available, or the perturbed ones alone are more; also in the notes of the space.
+
+    Examples
+    --------
+    >>> from perturbret.alignment import chunked_screen
+    >>> from perturbret.data import simulate_screen
+    >>> sizes = {"few": 20, "many": 30}
+    >>> screens = [simulate_screen(name=name, cells_per_condition=sizes[name], n_genes=50) for name in sizes]
+    >>> space = align([chunked_screen(screen) for screen in screens], n=10)
+    >>> len(space), sorted(space.maps), space.statistics["n_datasets"].unique().tolist()
+    (10, ['few', 'many'], [2])
     """
     names = [dataset.name for dataset in datasets]
     least = len(datasets) if min_datasets is None else min_datasets

@@ -35,6 +35,17 @@ def remap(counts, columns: ColumnMap, *, genes: Sequence[str] | None = None) -> 
         The counts are not over the columns that the map was made for, or a sum is 2**24 or more.
     CountsError
         Values that are no counts, negative ones of an overflowed int16 among them.
+
+    Examples
+    --------
+    >>> from perturbret.alignment import align, chunked_screen
+    >>> from perturbret.data import simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, cells_per_condition=20, n_genes=30)
+    >>> space = align([chunked_screen(screen)], n=10)
+    >>> counts = remap(screen.counts, space.maps["simulated"], genes=screen.genes)
+    >>> own = [list(screen.genes).index(name) for name in space.names]
+    >>> counts.shape[1], (counts != screen.counts[:, own]).nnz
+    (10, 0)
     """
     _expect_panel(counts, columns, genes)
     names = np.arange(columns.n_columns).astype(str) if genes is None else np.asarray(genes, str)
@@ -101,6 +112,16 @@ def verify_alignment(
     GeneSpaceError
         Names the dataset, the gene and the first cell and values that differ. There is nothing to compare: no dataset,
         cells without counts, or no Ensembl ids where genes were matched by them.
+
+    Examples
+    --------
+    >>> from perturbret.alignment import align, chunked_screen
+    >>> from perturbret.data import simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, cells_per_condition=20, n_genes=30)
+    >>> space = align([chunked_screen(screen)], n=10)
+    >>> checked = verify_alignment(space, {"simulated": (screen.counts, screen.genes)})
+    >>> checked[["dataset", "n_genes"]].values.tolist()
+    [['simulated', 10]]
     """
     resolver = SymbolResolver.from_package() if resolver is None else resolver
     if not data:

@@ -412,6 +412,11 @@ def resolve_dataset(dataset: str = "auto", *, registry: str | Path | None = None
         No such name (the nearest are named), a malformed entry, no such YAML file.
     ChecksumError
         `auto` met a `norman_subset` file on this machine with other contents.
+
+    Examples
+    --------
+    >>> resolve_dataset("simulated").simulated
+    True
     """
     dataset = str(dataset)
     if dataset.endswith((".yaml", ".yml")):
@@ -451,6 +456,14 @@ def load_screen(dataset: str | Entry = "auto", *, registry: str | Path | None = 
         The file cannot be had, or is another one.
     ScreenError, CountsError, ValueError
         The file is not what the entry says; see `perturbret.data.datasets.ingest`.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_entry
+    >>> sizes = {"n_singles": 2, "n_doubles": 1, "n_genes": 20, "cells_per_condition": 10}
+    >>> screen = load_screen(make_entry({"name": "small", "simulate": sizes}))
+    >>> screen.name, screen.n_genes, len(screen.conditions)
+    ('small', 20, 3)
     """
     entry = (
         dataset if isinstance(dataset, Entry) else resolve_dataset(dataset, registry=registry, cache=cache)

@@ -40,6 +40,12 @@ def target_columns(
     -------
     dict of str to ndarray of int
         Sorted unique columns; empty where no target is measured. One key per distinct condition.
+
+    Examples
+    --------
+    >>> columns = target_columns(["KLF1", "BAK1+KLF1", "ctrl"], ["HBG1", "KLF1", "BAK1"])
+    >>> {condition: hit.tolist() for condition, hit in columns.items()}
+    {'BAK1+KLF1': [1, 2], 'KLF1': [1]}
     """
     return match_targets(conditions, genes, resolver=resolver, extra=extra).columns
 
@@ -68,6 +74,18 @@ def mask_counts(counts: csr_matrix, conditions: Sequence[str], columns: Mapping,
     ValueError
         `policy` is unknown; `conditions` does not fit `counts`; a condition other than `ctrl` is not in
         `columns` (under `none` nothing is looked up).
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> counts = csr_matrix(np.array([[5, 1, 2], [3, 4, 6]], np.float32))
+    >>> conditions, columns = ["KLF1", "BAK1"], {"KLF1": np.array([0]), "BAK1": np.array([1])}
+    >>> mask_counts(counts, conditions, columns, "all_targets").toarray()
+    array([[0., 0., 2.],
+           [0., 0., 6.]], dtype=float32)
+    >>> mask_counts(counts, conditions, columns, "own_targets").toarray()
+    array([[0., 1., 2.],
+           [3., 0., 6.]], dtype=float32)
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {POLICIES}, got {policy!r}")

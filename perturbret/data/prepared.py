@@ -81,6 +81,17 @@ class Cells:
     genes, names : ndarray of str
     batch : ndarray of str, shape (n,), or None
     obsm : mapping of str to ndarray (n, d)
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> counts = csr_matrix(np.array([[1, 0], [2, 3], [0, 4]], np.float32))
+    >>> cells = Cells(counts, np.array([1.0, 5.0, 4.0]), np.array(["HBG1", "HBZ"]), np.array(["a", "b", "c"]))
+    >>> cells.take([2, 0]).names.tolist()
+    ['c', 'a']
+    >>> cells.pool([[0, 1], [2]]).counts.toarray()
+    array([[3., 3.],
+           [0., 4.]], dtype=float32)
     """
 
     counts: csr_matrix
@@ -198,6 +209,17 @@ def prepare(
     ------
     ValueError
         The split lacks cells of the screen, or `mask` or `train_share` is out of range.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, simulate_screen
+    >>> screen = simulate_screen(n_singles=3, n_doubles=1, n_genes=30, cells_per_condition=20)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> prepared.candidates == tuple(screen.conditions)
+    True
+    >>> hidden = np.unique(np.concatenate([*prepared.columns.values()]))
+    >>> int(screen.counts[:, hidden].sum()) > 0, int(prepared.cells.counts[:, hidden].sum())
+    (True, 0)
     """
     absent = ~screen.obs.index.isin(split.roles.index)
     if absent.any():

@@ -46,6 +46,15 @@ class Screen:
         The generating parameters of a simulated screen.
     fingerprint : str
         sha256 over counts, genes, labels, totals, `obsm` and `extra_masked_genes`; set when the screen is made.
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> counts = csr_matrix(np.array([[5, 1], [3, 4], [2, 2]], np.float32))
+    >>> obs = pd.DataFrame({"condition": ["KLF1", "ctrl", "KLF1"], "total": [6, 7, 4]}, index=["a", "b", "c"])
+    >>> screen = Screen("small", counts, np.array(["HBG1", "KLF1"]), obs)
+    >>> screen.conditions, screen.target_columns["KLF1"].tolist()
+    (['KLF1'], [1])
     """
 
     name: str

@@ -119,6 +119,14 @@ def simulate_screen(
     ------
     ValueError
         Names an argument outside its range.
+
+    Examples
+    --------
+    >>> screen = simulate_screen(n_singles=3, n_doubles=2, n_genes=40, cells_per_condition=10, seed=1)
+    >>> screen.n_genes, len(screen.conditions), screen.simulated
+    (40, 5, True)
+    >>> sum("+" in condition for condition in screen.conditions)
+    2
     """
     n_pairs = n_singles * (n_singles - 1) // 2
     n_measured = round(measured_targets * n_singles)

@@ -281,7 +281,13 @@ def default_registry(file: str = "datasets.yaml") -> Path:
 
 
 def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
-    """All datasets of a registry file by name, `params/datasets.yaml` by default; errors as `read_registry`."""
+    """All datasets of a registry file by name, `params/datasets.yaml` by default; errors as `read_registry`.
+
+    Examples
+    --------
+    >>> "simulated" in load_registry()
+    True
+    """
     return read_registry(default_registry() if path is None else Path(path), make_entry)
 
 
@@ -309,7 +315,18 @@ def read_entry(path: str | Path) -> Entry:
 
 
 def make_entry(content: Mapping[str, Any], *, where: str = "entry") -> Entry:
-    """Check one dataset's entry as it comes out of YAML; EntryError as `checked_entry`."""
+    """Check one dataset's entry as it comes out of YAML; EntryError as `checked_entry`.
+
+    Examples
+    --------
+    >>> content = {"name": "mine", "path": "mine.h5ad", "condition_key": "gene", "control_label": "NT"}
+    >>> make_entry(content).min_cells
+    20
+    >>> make_entry({**content, "simulate": {}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    perturbret.data.sources.EntryError: entry: entry 'mine': expected one source (...), got file and simulate
+    """
     entry = checked_entry(Entry, content, where=where, nullable=("control_label", "combo_delimiter"))
     where = f"{where}: entry {entry.name!r}"
     sources = {
@@ -340,6 +357,16 @@ def find_entry(name: str, entries: Mapping[str, Entry]) -> Entry:
     ------
     UnknownDataset
         Names the nearest known names.
+
+    Examples
+    --------
+    >>> entries = {"mine": make_entry({"name": "mine", "simulate": {}})}
+    >>> find_entry("mine", entries).simulated
+    True
+    >>> find_entry("mime", entries)
+    Traceback (most recent call last):
+        ...
+    perturbret.data.sources.UnknownDataset: dataset 'mime' is unknown; nearest: 'mine'; known: 'auto', 'mine'
     """
     if name not in entries:
         hint = (

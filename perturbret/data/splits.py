@@ -101,6 +101,17 @@ def make_split(
     ValueError
         Unknown track, bad seed or fractions, repeated cell names, no column `condition`, a missing condition,
         batch or guide.
+
+    Examples
+    --------
+    >>> names = [f"cell{i}" for i in range(100)]
+    >>> obs = pd.DataFrame({"condition": ["KLF1", "BAK1"] * 50}, index=names)
+    >>> split = make_split(obs, seed=0)
+    >>> split.roles.value_counts()[["train", "val", "query"]].tolist()
+    [64, 16, 20]
+    >>> query = split.roles == "query"
+    >>> query.equals(make_split(obs, seed=1).roles == "query")
+    True
     """
     chosen = find_track(track)
     seed = _whole(seed)
@@ -140,6 +151,16 @@ def get_split(
     SplitMismatch
         The file cannot be read, or its dataset fingerprint, track, seed, fractions, cells or hash are not
         those expected; names both values.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.data import simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, n_genes=20, cells_per_condition=10)
+    >>> with TemporaryDirectory() as directory:
+    ...     first, again = (get_split(screen, seed=0, directory=directory) for _ in range(2))
+    >>> first.hash == again.hash
+    True
     """
     path = Path(directory) / f"{track}-seed{seed}.parquet"
     if not path.exists():

@@ -71,6 +71,16 @@ def match_targets(
         Matched and masked as if they were targets too.
     identifiers : sequence of iterables of str, length n_genes, optional
         Ensembl ids of the columns, where the file gives them.
+
+    Examples
+    --------
+    >>> from perturbret.data.genes import SymbolResolver
+    >>> genes = ["HBG1", "FOXF1", "FENDRR", "FOXF1-AS1"]
+    >>> matches = match_targets(["FOXF1", "NOSUCH"], genes, resolver=SymbolResolver.from_package())
+    >>> matches.columns["FOXF1"].tolist()
+    [1, 3]
+    >>> [(row["target"], row["status"], row["also_masked"]) for row in matches.table]
+    [('FOXF1', 'matched', ['FOXF1-AS1']), ('NOSUCH', 'name unknown to HGNC', [])]
     """
     extra = extra or {}
     panel = _Panel(genes, resolver or SymbolResolver(), identifiers, exact_only=resolver is None)

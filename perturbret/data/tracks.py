@@ -120,7 +120,16 @@ TRACKS: dict[str, Track] = {}
 def track(
     name: str, *, candidates: str | tuple[str, ...], holds_out: str, needs: str = ""
 ) -> Callable[[Assign], Assign]:
-    """Register the decorated function as `Track.assign` under `name`; parameters as in `Track`."""
+    """Register the decorated function as `Track.assign` under `name`; parameters as in `Track`.
+
+    Examples
+    --------
+    >>> @track("every_other", candidates="train", holds_out="every other cell")
+    ... def every_other(cells, seed, fractions):
+    ...     return np.where(np.arange(len(cells.names)) % 2, "query", "train")
+    >>> TRACKS["every_other"].holds_out
+    'every other cell'
+    """
     sets = (candidates,) if isinstance(candidates, str) else tuple(candidates)
 
     def register(assign: Assign) -> Assign:
@@ -264,7 +273,15 @@ def unseen_gene(cells: Labelled, seed: int, fractions: tuple[float, float, float
 
 
 def uniform(names: Sequence[str], salt: str) -> np.ndarray:
-    """A random number in [0, 1) for each name, by a hash of both: the same in any order, process and version."""
+    """A random number in [0, 1) for each name, by a hash of both: the same in any order, process and version.
+
+    Examples
+    --------
+    >>> uniform(["cell1", "cell2"], "salt").round(3).tolist()
+    [0.278, 0.615]
+    >>> uniform(["cell2", "cell1"], "salt").round(3).tolist()
+    [0.615, 0.278]
+    """
     return _numbers(list(names), salt)[0] / 2.0**64
 
 

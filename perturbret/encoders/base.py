@@ -42,6 +42,19 @@ def compute_features(name: str, cells: Cells, settings: Mapping) -> csr_matrix |
     ------
     ValueError
         Unknown name, or the cells have no such embedding.
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> from perturbret.data import Cells
+    >>> counts = csr_matrix(np.array([[1, 0, 3], [0, 2, 0]], np.float32))
+    >>> cells = Cells(counts, np.array([4.0, 2.0]), np.array(["HBG1", "HBZ", "KLF1"]), np.array(["a", "b"]))
+    >>> compute_features("counts", cells, {}).toarray()
+    array([[1., 0., 3., 4.],
+           [0., 2., 0., 2.]], dtype=float32)
+    >>> compute_features("log1p", cells, {"target_sum": 4}).toarray().round(3)
+    array([[0.693, 0.   , 1.386],
+           [0.   , 1.609, 0.   ]], dtype=float32)
     """
     if name == "constant":
         return np.ones((len(cells), 1), np.float32)
@@ -344,6 +357,20 @@ def load_encoder(run_directory: str | os.PathLike, name: str = "encoder", *, cac
         There is no saved encoder.
     ValueError
         It has a format that this version does not read.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> from perturbret.encoders import fit_baseline
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, n_genes=20, cells_per_condition=20)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> encoder = fit_baseline("mean_shift", prepared, seed=0).encoder
+    >>> with TemporaryDirectory() as directory:
+    ...     encoder.save(f"{directory}/encoder")
+    ...     loaded = load_encoder(directory)
+    >>> bool((loaded.embed(prepared.cells) == encoder.embed(prepared.cells)).all())
+    True
     """
     directory = Path(run_directory) / name
     path = directory / "encoder.json"

@@ -56,6 +56,17 @@ def fit_baseline(
     ------
     ValueError
         Unknown kind or setting, a value of the wrong type, no training cells, or no validation cells to choose on.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> screen = simulate_screen(n_singles=3, n_doubles=0, n_genes=30, cells_per_condition=40)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> fitted = fit_baseline("pca", prepared, seed=0, search={"n_components": [2, 5]})
+    >>> fitted.selection["n_components"].tolist()
+    [2, 5]
+    >>> fitted.encoder.embed(prepared.cells).shape[1] == fitted.chosen["n_components"]
+    True
     """
     if kind == "bayes_ceiling":
         return Fitted(fit_bayes(prepared), pd.DataFrame({"exact_hit@1": [np.nan], "chosen": [True]}), {})

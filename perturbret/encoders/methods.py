@@ -230,6 +230,18 @@ def method(
     ------
     ValueError
         The name is taken.
+
+    Examples
+    --------
+    >>> from perturbret.encoders.base import Layer
+    >>> @method("first_genes", width=whole(2, 4))
+    ... def fit_first_genes(training, grid):
+    ...     "Log expression of the first few genes."
+    ...     for chosen in grid:
+    ...         kept = Layer(np.eye(len(training.cells.genes))[:, : chosen["width"]], np.zeros(chosen["width"]))
+    ...         yield training.encoder("log1p", (kept,), None, chosen, target_sum=10000)
+    >>> METHODS["first_genes"].settings["width"].tried
+    (2, 4)
     """
 
     def register(fit):

@@ -65,6 +65,15 @@ def guard_columns(
     ------
     ValueError
         `n_permutations` is below 1, or fewer than two conditions have training cells.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> screen = simulate_screen(n_singles=3, n_doubles=0, n_genes=30, cells_per_condition=60)
+    >>> screen.obsm["score"] = (screen.obs["condition"] == screen.conditions[0]).to_numpy(float)[:, None]
+    >>> found = guard_columns(prepare(screen, make_split(screen.obs, seed=0), mask="all_targets"))
+    >>> found.loc[0, ["column", "verdict"]].tolist()
+    ['obsm:score[0]', 'suspect']
     """
     if n_permutations < 1:
         raise ValueError(f"n_permutations: expected at least 1, got {n_permutations}")

@@ -180,6 +180,15 @@ def confounding(prepared: Prepared, *, n_permutations: int = 499, seed: int = 0)
     ------
     ValueError
         `n_permutations` is below 1, or there are fewer than two conditions with training cells.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> screen = simulate_screen(n_singles=3, n_doubles=0, n_genes=30, cells_per_condition=40)
+    >>> screen.obs["batch"] = screen.obs["condition"]
+    >>> found = confounding(prepare(screen, make_split(screen.obs, seed=0), mask="all_targets"))
+    >>> found.by_batch, found.condition_from_batch.hit_rate
+    (True, 1.0)
     """
     if n_permutations < 1:
         raise ValueError(f"n_permutations: expected at least 1, got {n_permutations}")

@@ -87,6 +87,17 @@ def evaluate(
     ValueError
         An unknown name, no cells in a role, no scoring that the encoder has, or, for a classifier, candidates
         that it has no class for.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> from perturbret.encoders import fit_baseline
+    >>> screen = simulate_screen(n_singles=3, n_doubles=0, n_genes=30, cells_per_condition=40)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> encoder = fit_baseline("mean_shift", prepared, seed=0).encoder
+    >>> scores = evaluate(encoder, prepared, libraries=("mean",), query_sizes=(1, 3), poolings=("scores",))
+    >>> scores[["scoring", "query_size"]].drop_duplicates().values.tolist()
+    [['cosine', 1], ['cosine', 3], ['whitened', 1], ['whitened', 3]]
     """
     encoder.context.check(prepared.context, ablation)
     candidates = candidates or prepared.candidate_sets[0]
@@ -142,6 +153,17 @@ def summarise(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -
         chance. Chance is the same average of what equal scores for all candidates get on the same queries.
         There is no row for the rank, or another metric that is NaN there, where a query's condition is not among the
         candidates, and none for the margin, whose unit depends on the scoring.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> from perturbret.encoders import fit_baseline
+    >>> screen = simulate_screen(n_singles=4, n_doubles=0, n_genes=30, cells_per_condition=40)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> summary = summarise(evaluate(fit_baseline("prior", prepared, seed=0).encoder, prepared, query_sizes=(1,)))
+    >>> asked = summary.query("metric == 'exact_hit@1' and average == 'macro' and scoring == 'cosine'")
+    >>> asked[["library", "estimate", "chance"]].values.tolist()
+    [['bootstrap', 0.25, 0.25], ['mean', 0.25, 0.25], ['raw_cell', 0.25, 0.25]]
     """
     known, absent = set(metric_columns("summarised")), scores[scores["rank"].isna()]
     metrics = [name for name in scores.columns if name in known and not absent[name].isna().any()]
@@ -182,6 +204,13 @@ def within_batch(scores: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0
         `chance`, mean of 1 / batch_n_candidates over the same queries; `excess`, their difference, with `ci_low` and
         `ci_high` (95%, conditions resampled); n_queries, n_conditions, n_candidates (mean). No row where no batch
         holds two candidates.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"condition": ["A", "A", "B", "B"], "query_size": 1, "library": "mean"})
+    >>> scores = scores.assign(scoring="cosine", batch_n_candidates=2, **{"batch_hit@1": [1, 1, 0, 1]})
+    >>> within_batch(scores)[["estimate", "chance", "excess"]].values.tolist()
+    [[0.75, 0.5, 0.25]]
     """
     keys = [name for name in ("encoder", "mask", "library", "candidates", "scoring") if name in scores]
     rows = []
@@ -236,6 +265,19 @@ def null_control(
         have to be given away for p < ALPHA with 80% power. Of every metric registered as `controlled`: its mean, and
         `<metric>_luck` and `<metric>_p_value` likewise. A small p-value says that masking or another part of the
         pipeline gave the labels away.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> from perturbret.encoders import fit_baseline
+    >>> from perturbret.evaluation import permute_conditions
+    >>> screen = simulate_screen(n_singles=4, n_doubles=0, n_genes=30, cells_per_condition=40)
+    >>> split = make_split(screen.obs, seed=0)
+    >>> labels = permute_conditions(screen.obs["condition"].to_numpy(str), split.roles.to_numpy(str), seed=0)
+    >>> permuted = prepare(screen, split, mask="all_targets", conditions=labels)
+    >>> null = null_control(fit_baseline("prior", permuted, seed=0).encoder, permuted, n_permutations=99)
+    >>> null.loc[0, ["scoring", "estimate", "chance", "p_value"]].tolist()
+    ['cosine', 0.25, 0.25, 1.0]
     """
     encoder.context.check(prepared.context)
     candidates = candidates or prepared.candidate_sets[0]

@@ -77,6 +77,14 @@ class Ranking:
         Relevant candidates among those that score higher, and among those that score the same (itself included).
     ranks : ndarray of float, shape (c,)
         1, 2, … c.
+
+    Examples
+    --------
+    >>> ranking = Ranking(np.array([[0.9, 0.5, 0.5]]), np.array([[0, 2, 0]]))
+    >>> ranking.start.tolist(), ranking.end.tolist()
+    ([1], [3])
+    >>> ranking.mean(1 / ranking.ranks).round(3).tolist()
+    [0.417]
     """
 
     def __init__(self, scores: np.ndarray, relevance: np.ndarray):
@@ -198,6 +206,15 @@ def metric(
     ------
     ValueError
         The name is taken, `better` is another word, or the function has no docstring.
+
+    Examples
+    --------
+    >>> @metric("top_half")
+    ... def top_half(ranking):
+    ...     "Whether the query's own condition is in the upper half."
+    ...     return ranking.of_exact(ranking.mean(np.ones_like(ranking.ranks), len(ranking.ranks) // 2))
+    >>> per_query(np.array([[0.1, 0.4, 0.3, 0.2]]), np.array([[0, 0, 2, 0]]))["top_half"].item()
+    1.0
     """
 
     def register(of):
@@ -252,6 +269,15 @@ def per_query(scores: np.ndarray, relevance: np.ndarray, ks: Sequence[int] = KS)
     ValueError
         Shapes differ, there are fewer than two candidates, a score is NaN, a relevance is not 0, 1 or 2, a
         row holds several 2, or a cut-off is below 1.
+
+    Examples
+    --------
+    >>> levels = relevance(["KLF1"], ["BAK1", "BAK1+KLF1", "KLF1"])
+    >>> levels.tolist()
+    [[0, 1, 2]]
+    >>> table = per_query(np.array([[0.2, 0.9, 0.2]]), levels, ks=(1, 2))
+    >>> table[["rank", "mrr", "exact_hit@2", "relevant_hit@1"]].round(3).to_dict("records")
+    [{'rank': 2.5, 'mrr': 0.417, 'exact_hit@2': 0.5, 'relevant_hit@1': 1.0}]
     """
     load_plugins()
     scores, relevance = _checked(scores), np.asarray(relevance)
@@ -270,7 +296,14 @@ def per_query(scores: np.ndarray, relevance: np.ndarray, ks: Sequence[int] = KS)
 
 
 def chance(relevance: np.ndarray, ks: Sequence[int] = KS) -> pd.DataFrame:
-    """`per_query` of a ranking drawn at random, computed exactly: what equal scores get."""
+    """`per_query` of a ranking drawn at random, computed exactly: what equal scores get.
+
+    Examples
+    --------
+    >>> levels = relevance(["KLF1"], ["BAK1", "BAK1+KLF1", "CEBPA", "KLF1"])
+    >>> chance(levels)[["rank", "exact_hit@1", "relevant_hit@1"]].to_dict("records")
+    [{'rank': 2.5, 'exact_hit@1': 0.25, 'relevant_hit@1': 0.5}]
+    """
     table = per_query(np.zeros(np.shape(relevance)), relevance, ks)
     own = [each for each in METRICS.values() if each.chance]
     if own:

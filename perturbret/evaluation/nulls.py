@@ -40,6 +40,16 @@ def permute_conditions(
     ------
     ValueError
         Lengths differ.
+
+    Examples
+    --------
+    >>> conditions = np.array(["A", "B", "ctrl", "C", "D", "ctrl"])
+    >>> roles = np.array(["train"] * 3 + ["query"] * 3)
+    >>> permuted = permute_conditions(conditions, roles, seed=0)
+    >>> sorted(permuted[:3].tolist()), sorted(permuted[3:].tolist())
+    (['A', 'B', 'ctrl'], ['C', 'D', 'ctrl'])
+    >>> permuted[[2, 5]].tolist()
+    ['ctrl', 'ctrl']
     """
     permuted = np.array(conditions, str)
     strata = _strata([roles] if batch is None else [roles, batch], len(permuted))

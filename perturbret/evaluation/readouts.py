@@ -84,6 +84,17 @@ def choose_readout(
     n_resamples : int
         How often conditions are drawn anew, with all their cells in all seeds, for the stability.
     seed : int
+
+    Examples
+    --------
+    >>> hits = {("cosine", "mean"): [1, 0, 1, 0], ("whitened", "mean"): [1, 1, 1, 1]}
+    >>> validation = pd.concat(
+    ...     pd.DataFrame({"condition": ["A", "A", "B", "B"], "scoring": s, "library": b, "exact_hit@1": hit})
+    ...     for (s, b), hit in hits.items()
+    ... )
+    >>> choice = choose_readout(validation)
+    >>> choice.scoring, choice.library, choice.validation, choice.stability
+    ('whitened', 'mean', 1.0, 1.0)
     """
     order = [(s, b) for s in SCORING_PREFERENCE for b in LIBRARIES]
     sums = validation.pivot_table(

@@ -83,6 +83,15 @@ def build_library(
     ------
     ValueError
         Unknown `kind`; no cells; lengths differ; `k` or `m` is below 1; an embedding is not finite.
+
+    Examples
+    --------
+    >>> embeddings = np.array([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    >>> library = build_library(embeddings, ["KLF1", "BAK1", "KLF1"])
+    >>> library.conditions.tolist(), library.prototypes.tolist()
+    (['BAK1', 'KLF1'], [[0.0, 1.0], [2.0, 0.0]])
+    >>> build_library(embeddings, ["KLF1", "BAK1", "KLF1"], kind="raw_cell").starts.tolist()
+    [0, 1]
     """
     if kind not in LIBRARY_KINDS:
         raise ValueError(f"kind: expected one of {', '.join(LIBRARY_KINDS)}, got {kind!r}")
@@ -178,6 +187,13 @@ def match(queries: np.ndarray, prototypes: np.ndarray, starts: np.ndarray) -> np
     -------
     ndarray, shape (q, c)
         In steps of `RESOLUTION`; within one and a half steps of 1 is 1.
+
+    Examples
+    --------
+    >>> library = build_library(np.eye(2), ["BAK1", "KLF1"])
+    >>> queries = directions(np.array([[0.0, 5.0], [3.0, 4.0]]))
+    >>> match(queries, directions(library.prototypes), library.starts).round(3).tolist()
+    [[0.0, 1.0], [0.6, 0.8]]
     """
     scores = np.empty((len(queries), len(starts)))
     single = len(starts) == len(prototypes)

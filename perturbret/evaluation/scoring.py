@@ -94,6 +94,17 @@ def make_queries(
     ------
     ValueError
         `size`, `max_per_condition` or `repeats` is below 1, or no cell has the role.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, n_genes=20, cells_per_condition=40)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> len(make_queries(prepared, size=1, seed=0)) == len(prepared.where("query"))
+    True
+    >>> queries = make_queries(prepared, size=3, seed=0)
+    >>> queries.members.shape[1], queries.ids[0] == f"{queries.conditions[0]}/n3/0"
+    (3, True)
     """
     for name, value in (("size", size), ("max_per_condition", max_per_condition), ("repeats", repeats)):
         if value < 1:

@@ -139,6 +139,13 @@ def cluster_bootstrap(
     ValueError
         `values` holds NaN or no row or lies outside `bounds`, lengths differ, or `average`, `n_resamples` or `level`
         is out of range.
+
+    Examples
+    --------
+    >>> hits, conditions = [1, 1, 1, 0, 0, 0, 1, 0], ["A", "A", "B", "B", "C", "C", "D", "D"]
+    >>> found = cluster_bootstrap(hits, conditions, bounds=(0, 1), seed=0)
+    >>> found.estimate.tolist(), found.low.round(2).tolist(), found.high.round(2).tolist()
+    ([0.5], [0.0], [1.0])
     """
     values = _checked(values, n_resamples, level)
     interval = _Interval(*_cluster_sums(values, clusters, average), n_resamples, level, seed)
@@ -208,6 +215,13 @@ def repeated_mean(
     ------
     ValueError
         As `cluster_bootstrap`.
+
+    Examples
+    --------
+    >>> hits = np.array([[1, 1], [1, 0], [0, 0], [1, 1]])
+    >>> found = repeated_mean(hits, ["A", "A", "B", "C"], bounds=(0, 1))
+    >>> found.estimate, round(found.spread, 3), found.n_repeats, found.n_clusters
+    (0.625, 0.177, 2, 3)
     """
     values = _checked(values, n_resamples, level)
     n_repeats, average_value = values.shape[1], values.mean(axis=1)
@@ -260,6 +274,13 @@ def repeated_difference(
     ------
     ValueError
         Numbers of queries differ, or numbers of repeats do and neither is one; else as `cluster_bootstrap`.
+
+    Examples
+    --------
+    >>> one, other = np.array([1, 1, 1, 1, 1, 0]), np.array([0, 0, 1, 0, 0, 0])
+    >>> found = repeated_difference(one, other, list("ABCDEF"), seed=0)
+    >>> round(found.estimate, 3), found.p_value
+    (0.667, 0.125)
     """
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     a, b = (x[:, None] if x.ndim == 1 else x for x in (a, b))
@@ -305,6 +326,13 @@ def paired_permutation_p(
     ------
     ValueError
         `difference` holds NaN or several columns; else as `cluster_bootstrap`.
+
+    Examples
+    --------
+    >>> paired_permutation_p(np.ones(5), list("ABCDE"), seed=0)
+    0.0625
+    >>> paired_permutation_p(np.ones(5), list("AAABB"), seed=0)
+    0.5
     """
     difference = _checked(difference, n_permutations)
     if difference.shape[1] != 1:
@@ -334,6 +362,11 @@ def holm(p: Sequence[float]) -> np.ndarray:
     ------
     ValueError
         A value is NaN or outside 0 … 1.
+
+    Examples
+    --------
+    >>> holm([0.01, 0.04, 0.02]).round(3).tolist()
+    [0.03, 0.04, 0.04]
     """
     p = np.asarray(p, np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():

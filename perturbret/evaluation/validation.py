@@ -76,6 +76,15 @@ def best_readout(
         `none` where no validation cell has a condition among the candidates.
     hit : float
         NaN then.
+
+    Examples
+    --------
+    >>> from perturbret.data import make_split, prepare, simulate_screen
+    >>> from perturbret.encoders import fit_baseline
+    >>> screen = simulate_screen(n_singles=4, n_doubles=0, n_genes=30, cells_per_condition=40)
+    >>> prepared = prepare(screen, make_split(screen.obs, seed=0), mask="all_targets")
+    >>> best_readout(fit_baseline("prior", prepared, seed=0).encoder, prepared, seed=0, scorings=("cosine",))
+    ('cosine', 0.25)
     """
     validation = prepared.where("val")
     if not can_choose(prepared):

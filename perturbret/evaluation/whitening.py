@@ -63,6 +63,14 @@ def whitener(
     ------
     ValueError
         No cells, lengths differ, d is above `MAX_WHITENED`, or `shrinkage` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> conditions = np.repeat(["A", "B"], 1000)
+    >>> noise = np.random.default_rng(0).normal(size=(2000, 2)) * [2.0, 1.0]
+    >>> mean, matrix = whitener(noise + 5.0 * (conditions == "A")[:, None], conditions)
+    >>> (noise @ matrix).std(axis=0).round(1).tolist()
+    [1.0, 1.0]
     """
     from scipy.linalg.lapack import dtrtri
 

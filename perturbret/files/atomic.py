@@ -75,6 +75,16 @@ def replacing(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
         The block made nothing at the temporary path.
     DiskFull
         There was no space for what the block writes.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     with replacing(Path(directory) / "result.txt") as temporary:
+    ...         _ = temporary.write_text("whole")
+    ...     print([file.name for file in Path(directory).iterdir()])
+    ['result.txt']
     """
     with reporting_full(path), _replacing(Path(path), keep) as temporary:
         yield temporary
@@ -118,7 +128,17 @@ def _move_unless_there(temporary: Path, path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically."""
+    """Write `text` (UTF-8) to `path` atomically.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     write_text(f"{directory}/note.txt", "β-globin")
+    ...     print(Path(directory, "note.txt").read_text(encoding="utf-8"))
+    β-globin
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -130,6 +150,17 @@ def write_json(path: str | os.PathLike, content: object) -> None:
     ------
     ValueError
         `content` holds a NaN or an infinity, which JSON cannot carry.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     write_json(f"{directory}/result.json", {"mask": "all_targets"})
+    ...     print(Path(directory, "result.json").read_text(encoding="utf-8"), end="")
+    {
+      "mask": "all_targets"
+    }
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 

@@ -43,6 +43,18 @@ def cached(
     ------
     OSError
         The directory cannot be written to.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> def make(folder):
+    ...     print("made")
+    ...     (folder / "sum.txt").write_text("3")
+    >>> with TemporaryDirectory() as directory:
+    ...     first, again = (cached(directory, "sum", {"of": [1, 2]}, make) for _ in range(2))
+    made
+    >>> first == again
+    True
     """
     key = json.loads(json.dumps(key))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -38,6 +38,12 @@ def code_hash(*starts: str, source: str = "", without: Collection[str] = ()) -> 
     ------
     ValueError
         A start is not a module or definition of the package.
+
+    Examples
+    --------
+    >>> digest = code_hash("files.hashing:mix")
+    >>> len(digest), digest == code_hash("files.hashing:mix"), digest == code_hash("files.hashing")
+    (16, True, False)
     """
     kept = {start.partition(":")[0] for start in starts}
     waiting = [(module, name) for module, _, name in (start.partition(":") for start in starts)]
@@ -211,7 +217,19 @@ def _statements(body: list[ast.AST]) -> Iterator[ast.AST]:
 
 
 def directory_hash(directory: Path) -> str:
-    """sha256 over names and contents of the files in a directory."""
+    """sha256 over names and contents of the files in a directory.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "a.txt").write_text("one")
+    ...     first = directory_hash(Path(directory))
+    ...     _ = Path(directory, "a.txt").rename(Path(directory, "b.txt"))
+    ...     print(first == directory_hash(Path(directory)))
+    False
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(directory).rglob("*")):
         if path.is_file():
@@ -223,6 +241,11 @@ def environment(device: str = "cpu") -> dict:
     """Package versions, commit, device and time, for the manifest.
 
     device : where it was computed, `perturbret.model.device_name()` where a network was.
+
+    Examples
+    --------
+    >>> sorted(environment())
+    ['device', 'finished', 'git_commit', 'git_dirty', 'packages', 'python']
     """
     versions = {}
     for package in RECORDED_PACKAGES:

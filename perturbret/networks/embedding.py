@@ -238,7 +238,17 @@ def _setting(value) -> str | None:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """sha256 over names, shapes, types and bytes of a network's weights, wherever they lie."""
+    """sha256 over names, shapes, types and bytes of a network's weights, wherever they lie.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> network = nn.Linear(2, 2)
+    >>> before = fingerprint(network)
+    >>> _ = nn.init.zeros_(network.bias)
+    >>> fingerprint(network) == before
+    False
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

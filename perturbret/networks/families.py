@@ -21,6 +21,11 @@ class Family:
     settings_at, backbone_at : str
         `room.module:Class` of its `perturbret.networks.settings.Settings`, which need no torch, and of its
         `perturbret.networks.backbone.Backbone`.
+
+    Examples
+    --------
+    >>> NETWORKS["scgpt"].settings.model_fields["checkpoint"].default
+    'small'
     """
 
     title: str

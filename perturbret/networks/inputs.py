@@ -72,6 +72,14 @@ class Rows:
     Attributes
     ----------
     values : ndarray of float32, shape (n_cells, d)
+
+    Examples
+    --------
+    >>> rows = Rows(np.array([[1, 2], [3, 4], [5, 6]], np.float32))
+    >>> rows.padded(np.array([2, 0]))[0].tolist()
+    [[5.0, 6.0], [1.0, 2.0]]
+    >>> rows.lengths.tolist()
+    [1, 1, 1]
     """
 
     values: np.ndarray

@@ -73,6 +73,15 @@ class Settings(BaseModel):
         joined and class probabilities averaged. Without effect in `frozen`.
     precision : str
         `float32`, or `bfloat16` for the products of the network.
+
+    Examples
+    --------
+    >>> Settings.read({"mode": "head"}).epochs, Settings.read({"mode": "lora_head"}).epochs
+    (60, 16)
+    >>> Settings.read({"epochs": "1e2"})
+    Traceback (most recent call last):
+        ...
+    ValueError: epochs: expected a whole number, got '1e2'; YAML takes 1e4 for a text, write 1.0e4
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -99,6 +99,13 @@ def open_pretraining(
         A reference is not in the space, or is there with other columns.
     RunExists
         The directory holds a run with other parameters, and `overwrite` is false.
+
+    Examples
+    --------
+    >>> open_pretraining("huge")
+    Traceback (most recent call last):
+        ...
+    ValueError: preset: expected one of tiny, full, got 'huge'
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")

@@ -114,6 +114,13 @@ def shown(
         Digits after the point.
     formats : mapping of column to format string, optional
         Of columns that are shown otherwise.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"gene": ["<KLF1>"], "hit rate": [0.1234], "p": [np.nan]})
+    >>> page = shown(table).to_html()
+    >>> [text in page for text in ("&lt;KLF1&gt;", "0.12", "–")]
+    [True, True, True]
     """
     texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
     style = Shown(table).style.format(formats, precision=precision, na_rep="–")

@@ -43,7 +43,20 @@ _VALIDATION = (evaluate, summarise, *(each.of for each in METRICS.values()))
 
 
 def fit_run(run: Run) -> pd.DataFrame:
-    """Fit the run's encoder and its null twin and save both, or keep those that are there; see `fit`, `save_run`."""
+    """Fit the run's encoder and its null twin and save both, or keep those that are there; see `fit`, `save_run`.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.data import simulate_screen
+    >>> from perturbret.runs import open_run
+    >>> screen = simulate_screen(n_singles=3, n_doubles=0, n_genes=20, cells_per_condition=30)
+    >>> with TemporaryDirectory() as outputs:
+    ...     run = open_run(screen, encoder="prior", mask="all_targets", seed=0, outputs=outputs)
+    ...     selection = fit_run(run)
+    ...     print(run.manifest["identity"]["method"], (run.directory / "encoder").is_dir())
+    prior True
+    """
     return save_run(run, fit(run))
 
 

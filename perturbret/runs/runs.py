@@ -36,6 +36,17 @@ class Identity:
         Conditions that queries are ranked among; see docs/method.md.
     options : tuple of (str, str)
         Everything else that was asked for, `search.<name>` and `settings.<name>` among it, with values as JSON.
+
+    Examples
+    --------
+    >>> params = {"dataset": "simulated", "encoder": "pca", "mask": "none", "seed": 0, "search": {"n_components": [5]}}
+    >>> identity = Identity.of(params)
+    >>> identity.method, identity.arena
+    ('pca', ('in_dist', 1.0, 'train'))
+    >>> identity.request
+    {'encoder': '"pca"', 'search.n_components': '[5]'}
+    >>> Identity.read({"identity": identity.as_json()}) == identity
+    True
     """
 
     dataset: str
@@ -120,7 +131,13 @@ class Run:
 
 
 def outputs_root(outputs: str = "") -> Path:
-    """The outputs directory: the argument, else PERTURBRET_OUTPUTS, else `outputs` of the checkout."""
+    """The outputs directory: the argument, else PERTURBRET_OUTPUTS, else `outputs` of the checkout.
+
+    Examples
+    --------
+    >>> outputs_root("/data/results").name
+    'results'
+    """
     named = outputs or os.environ.get("PERTURBRET_OUTPUTS", "")
     if named:
         return Path(named).expanduser().resolve()
@@ -135,7 +152,15 @@ def run_name(
     train_share: float = 1.0,
     track: str = "in_dist",
 ) -> str:
-    """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0-unseen_gene`."""
+    """Directory name of a run, e.g. `logreg-all_targets-seed0`, `scgpt_lora_head-all_targets-seed0-unseen_gene`.
+
+    Examples
+    --------
+    >>> run_name("logreg", "all_targets", 0)
+    'logreg-all_targets-seed0'
+    >>> run_name("scgpt", "all_targets", 1, settings={"mode": "lora_head"}, train_share=0.1, track="unseen_gene")
+    'scgpt_lora_head-all_targets-seed1-unseen_gene-share0.1'
+    """
     share = f"-share{train_share:g}" if train_share != 1 else ""
     held_out = f"-{track}" if track != "in_dist" else ""
     return f"{method_name(encoder, settings).replace(':', '.')}-{mask}-seed{seed}{held_out}{share}"
@@ -195,6 +220,16 @@ def open_run(
         The split that is there belongs to other data or settings.
     ValueError
         An encoder with settings was asked for without them where none was fitted; unknown mask or track.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.data import simulate_screen
+    >>> screen = simulate_screen(n_singles=2, n_doubles=0, n_genes=20, cells_per_condition=20)
+    >>> with TemporaryDirectory() as outputs:
+    ...     run = open_run(screen, encoder="prior", mask="all_targets", seed=0, outputs=outputs)
+    >>> run.directory.name, run.manifest
+    ('prior-all_targets-seed0', {})
     """
     root = outputs_root(outputs) / screen.name
     directory = root / (run or run_name(encoder, mask, seed, settings, train_share or 1.0, track))

@@ -182,6 +182,18 @@ def save_checkpoint(
     ------
     CheckpointError
         The vocabulary is not that of the network.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.scgpt import ScGPT, Shape, Vocabulary
+    >>> vocabulary = Vocabulary(("HBG1", "KLF1", "<pad>", "<cls>", "<eoc>"), "two genes")
+    >>> network = ScGPT(Shape(5, d_model=16, n_heads=2, d_hid=16, n_layers=1, dropout=0.1, pad_id=2))
+    >>> with TemporaryDirectory() as directory:
+    ...     save_checkpoint(f"{directory}/tiny", network, vocabulary)
+    ...     loaded = load_checkpoint(f"{directory}/tiny", report=str)
+    >>> loaded.vocabulary.genes
+    ('HBG1', 'KLF1')
     """
     shape = network.shape
     if (len(vocabulary), vocabulary.ids[PAD]) != (shape.n_tokens, shape.pad_id):

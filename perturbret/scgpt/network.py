@@ -68,6 +68,12 @@ class Shape:
     dropout : float
     pad_id : int
         Token of padding; its embedding gets no gradient.
+
+    Examples
+    --------
+    >>> shape = Shape(n_tokens=23, d_model=16, n_heads=2, d_hid=16, n_layers=2, dropout=0.1, pad_id=20)
+    >>> len(ScGPT(shape).layers)
+    2
     """
 
     n_tokens: int
@@ -163,6 +169,14 @@ class ScGPT(nn.Module):
 
     `inputs`, `run` and `pool` are the three parts of `forward`; frozen lower layers can thus be computed once.
     Initialised as torch does (embeddings: uniform in ±0.1, as upstream), from torch's global generator.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = ScGPT(Shape(n_tokens=23, d_model=16, n_heads=2, d_hid=16, n_layers=2, dropout=0.1, pad_id=20))
+    >>> genes, values = torch.tensor([[21, 3, 7]]), torch.tensor([[-2.0, 5.0, 1.0]])
+    >>> network(genes, values).shape
+    torch.Size([1, 16])
     """
 
     lora_targets: ClassVar[dict[str, str]] = {

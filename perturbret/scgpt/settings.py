@@ -21,6 +21,15 @@ class ScGPTSettings(Settings):
         `cls` or `mean`.
     values : str
         What tokens carry: `bins`, `log1p`, or as the checkpoint was trained.
+
+    Examples
+    --------
+    >>> ScGPTSettings.read({"mode": "frozen"}).checkpoint
+    'small'
+    >>> ScGPTSettings.read({"pooling": "max"})
+    Traceback (most recent call last):
+        ...
+    ValueError: pooling: expected one of cls, mean, got 'max'
     """
 
     targets: ClassVar[tuple[str, ...]] = LORA_TARGETS

@@ -184,6 +184,18 @@ def tokenize(
     ValueError
         A setting is out of range; `token_ids` does not fit the cells, or holds a token twice, a special one, or one
         outside the vocabulary; a cell has counts and a total of 0.
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> from perturbret.data import Cells
+    >>> from perturbret.scgpt import Vocabulary
+    >>> vocabulary = Vocabulary(("HBG1", "KLF1", "<pad>", "<cls>", "<eoc>"), "two genes")
+    >>> counts = csr_matrix(np.array([[1, 3], [0, 2]], np.float32))
+    >>> cells = Cells(counts, np.array([4.0, 2.0]), np.array(["HBG1", "KLF1"]), np.array(["a", "b"]))
+    >>> tokens = tokenize(cells, np.array([0, 1]), vocabulary)
+    >>> [[vocabulary.tokens[i] for i in row] for row in tokens.padded(np.array([0, 1]))[0]]
+    [['<cls>', 'HBG1', 'KLF1'], ['<cls>', 'KLF1', '<pad>']]
     """
     settings = _settings(values, n_bins, max_seq_len, pad_value, target_sum)
     token_ids = _check_token_ids(token_ids, cells, vocabulary)

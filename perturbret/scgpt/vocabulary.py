@@ -43,6 +43,12 @@ class Vocabulary:
         Unique; the special tokens are among them.
     source : str
         Where they are from, in words.
+
+    Examples
+    --------
+    >>> vocabulary = Vocabulary(("KLF1", "HBG1", "<pad>", "<cls>", "<eoc>"), "two genes")
+    >>> len(vocabulary), vocabulary.ids["HBG1"], vocabulary.genes
+    (5, 1, ('KLF1', 'HBG1'))
     """
 
     tokens: tuple[str, ...] = field(repr=False)
@@ -121,6 +127,15 @@ def load_vocabulary(path: str | os.PathLike = "") -> Vocabulary:
         The wheel's file is not the one that was compared with the checkpoint.
     VocabularyError
         The file is not a JSON object of token to id, or the ids are not 0, 1, 2, ..., each once.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "vocab.json").write_text('{"KLF1": 0, "HBG1": 1}')
+    ...     print(load_vocabulary(directory).tokens)
+    ('KLF1', 'HBG1', '<pad>', '<cls>', '<eoc>')
     """
     if os.fspath(path):
         file = Path(path).expanduser()
@@ -174,6 +189,13 @@ def map_genes(
     ------
     ValueError
         A gene is given twice.
+
+    Examples
+    --------
+    >>> vocabulary = Vocabulary(("KLF1", "SEPT2", "<pad>", "<cls>", "<eoc>"), "two genes")
+    >>> found = map_genes(["KLF1", "SEPTIN2", "NOSUCH"], vocabulary)
+    >>> found.table["how"].tolist(), found.token_ids.tolist()
+    (['direct', 'previous', 'missing'], [0, 1, -1])
     """
     genes = list(map(str, genes))
     if len(set(genes)) < len(genes):

@@ -102,6 +102,18 @@ def load_grid(
         There is no such grid, recipe or notebook.
     GridError, ParameterError
         Names the file, the key, what was expected and what was got.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from perturbret.data import make_entry
+    >>> from perturbret.files import write_json
+    >>> block = {"notebook": "03_baselines", "recipes": ["pca"], "vary": {"mask": ["none"], "seed": [0, 1]}}
+    >>> with TemporaryDirectory() as directory:
+    ...     write_json(f"{directory}/grid.yaml", {"runs": [block]})  # JSON is YAML
+    ...     grid = load_grid(f"{directory}/grid.yaml", make_entry({"name": "simulated", "simulate": {}}))
+    >>> [run.name for run in grid.runs]
+    ['pca-none-seed0', 'pca-none-seed1']
     """
     path, notebooks = Path(path), Path(notebooks)
     content = load_parameters(path)

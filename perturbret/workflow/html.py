@@ -56,6 +56,13 @@ def render(
     str
         HTML that requests nothing, as far as the notebook's own outputs allow; its content security policy keeps
         browsers from loading the rest.
+
+    Examples
+    --------
+    >>> from nbformat.v4 import new_markdown_cell, new_notebook
+    >>> page = render(new_notebook(cells=[new_markdown_cell("# A result")]), banner="SIMULATED DATA")
+    >>> "<title>A result" in page, "SIMULATED DATA" in page
+    (True, True)
     """
     import nbformat
 

@@ -22,6 +22,14 @@ def write_index(outputs: str | Path) -> Path:
     -------
     Path
         Of the page.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as outputs:
+    ...     page = write_index(outputs)
+    ...     print(page.name, page.exists())
+    index.html True
     """
     outputs = Path(outputs)
     folders = {page.parent.parent for page in outputs.glob(f"*/*/{PAGES}")}

@@ -79,6 +79,16 @@ def check_parameters(given: Mapping[str, Any], declared: Mapping[str, Any], *, w
     ------
     ParameterError
         An unknown name (with the nearest known ones), or a value of another type.
+
+    Examples
+    --------
+    >>> declared = {"mask": "all_targets", "seed": 0, "train_share": 1.0}
+    >>> check_parameters({"train_share": 1, "seed": 3}, declared, where="grid")
+    {'train_share': 1.0, 'seed': 3}
+    >>> check_parameters({"sead": 3}, declared, where="grid")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    perturbret.workflow.parameters.ParameterError: grid: unknown parameter 'sead'; nearest: 'seed'; ...
     """
     for name in given:
         if name not in declared:
