@@ -276,8 +276,8 @@ def null_control(
     >>> labels = permute_conditions(screen.obs["condition"].to_numpy(str), split.roles.to_numpy(str), seed=0)
     >>> permuted = prepare(screen, split, mask="all_targets", conditions=labels)
     >>> null = null_control(fit_baseline("prior", permuted, seed=0).encoder, permuted, n_permutations=99)
-    >>> null.loc[0, ["scoring", "estimate", "chance", "p_value"]].tolist()
-    ['cosine', 0.25, 0.25, 1.0]
+    >>> null.loc[0, ["estimate", "chance", "p_value"]].astype(float).tolist()
+    [0.25, 0.25, 1.0]
     """
     encoder.context.check(prepared.context)
     candidates = candidates or prepared.candidate_sets[0]
