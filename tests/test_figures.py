@@ -74,6 +74,23 @@ def test_query_size_curves_start_at_single_cells_in_every_panel():
     assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[0.2, 0.4], [0.2, 0.3]]
 
 
+def test_reliability_diagram_draws_both_stages_and_the_line_of_kept_words():
+    rows = [
+        ("uncalibrated", 0.7, 0.2),
+        ("uncalibrated", 0.9, 0.4),
+        ("calibrated", 0.2, 0.2),
+        ("calibrated", 0.4, 0.4),
+    ]
+    table = pd.DataFrame(rows, columns=["stage", "probability", "accuracy"])
+    table = table.assign(ci_low=table["accuracy"] - 0.1, ci_high=table["accuracy"] + 0.1, n=50)
+    (axis,) = figures.reliability_diagram(table).axes
+    assert [line.get_label() for line in axis.lines] == ["perfectly calibrated", "uncalibrated", "calibrated"]
+    assert list(axis.lines[1].get_xdata()) == [0.7, 0.9] and axis.get_xlim() == axis.get_ylim()
+    (bars,) = axis.collections
+    assert np.allclose([bar[:, 1] for bar in bars.get_segments()], [[0.1, 0.3], [0.3, 0.5]])
+    assert len(figures.reliability_diagram(table.iloc[:0]).axes[0].lines) == 1
+
+
 def test_names_with_dollars_are_no_mathematics():
     table = pd.DataFrame(
         {"condition": ["A$B^{$", "C$_$"], "estimate": [0.1, 0.2], "ci_low": 0.0, "ci_high": 1.0}

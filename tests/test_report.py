@@ -13,8 +13,10 @@ import pytest
 from perturbret.data.prepared import ContextMismatch
 from perturbret.data.simulate import simulate_screen
 from perturbret.encoders.base import load_encoder
+from perturbret.evaluation.readouts import primary_readout
 from perturbret.report import ablation as report
 from perturbret.report import compare, sentences, tables
+from perturbret.report.explore import at_readout
 from perturbret.report.wording import percent
 from perturbret.runs import runs
 from perturbret.runs.pipeline import evaluate_run, fit_run
@@ -71,6 +73,7 @@ def test_a_run_leaves_every_artifact_of_the_design(screen, outputs):
     assert {
         "params.yaml", "manifest.json", "encoder", "null_encoder", "embeddings.h5ad", "scores.parquet",
         "summary.csv", "validation.csv", "validation_scores.parquet", "selection.csv", "null_control.csv",
+        "confidence.csv", "reliability.csv",
     } <= names  # fmt: skip
     assert not [name for name in names if ".tmp" in name]
     manifest = json.loads((directory / "manifest.json").read_text())
@@ -89,6 +92,33 @@ def test_embeddings_are_those_of_the_saved_encoder(screen, outputs):
     assert list(stored.obs_names) == list(screen.obs.index)
     np.testing.assert_array_equal(stored.X, load_encoder(run.directory).embed(run.prepared.cells))
     assert set(stored.obs["role"]) == {"train", "val", "query"}
+
+
+def test_confidence_is_written_at_the_readout_that_validation_chose(screen, outputs):
+    run = opened(screen, outputs)
+    table = pd.read_csv(run.directory / "confidence.csv").set_index("quantity")
+    library, scoring = primary_readout(run.directory, SETTINGS["libraries"])
+    assert set(table["library"]) == {library} and set(table["scoring"]) == {scoring}
+    scores = pd.read_parquet(run.directory / "scores.parquet")
+    own = at_readout(scores, library, scoring)
+    assert (scores["probability"].notna() == scores.index.isin(own.index)).all()
+    assert table.loc["accuracy", "estimate"] == pytest.approx(own["exact_hit@1"].mean())
+    sure = table.loc["accuracy", "estimate"] + table.loc["overconfidence", "estimate"]
+    assert own["probability"].mean() == pytest.approx(sure)
+    said = sentences.confidence(run, table.reset_index())
+    assert f"temperature {table.loc['temperature', 'estimate']:.3g}" in said and "exchangeable" not in said
+    assert f"LAC {percent(table.loc['conformal_lac_coverage', 'estimate'])}" in said
+    assert "library at all" not in said
+
+
+def test_methods_are_compared_by_how_far_their_answers_can_be_trusted(built):
+    table = tables.confidence_table(built)
+    assert table.index.tolist() == built.single()["encoder"].tolist()
+    own = built.confidence.query("encoder == 'pca' and quantity == 'ece' and mask == 'all_targets'")
+    assert len(own) == 3 and table.loc["pca", "ECE"].startswith(f"{own['estimate'].mean():.3f} [")
+    nothing = tables.confidence_table(replace(built, confidence=compare.confidences([])))
+    assert not len(nothing) and list(nothing) == list(table)
+    assert len(pd.read_csv(built.directory / "confidence.csv")) == len(built.confidence)
 
 
 def test_the_same_request_reuses_the_encoder_and_other_parameters_are_refused(screen, outputs):

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "column_guard": ["guard_columns"],
+        "confidence": ["judge_confidence"],
         "confounders": ["confounding"],
         "judge": ["evaluate", "null_control", "summarise", "within_batch"],
         "metrics": ["METRICS", "Ranking", "chance", "metric", "per_query"],

@@ -35,8 +35,8 @@ class Report:
         See `perturbret.runs.runs.Identity.arena`.
     readouts, scores, table, verdicts : pandas.DataFrame
         See `choose_readouts`, `kept_scores`, `estimates` and `null_verdicts` of `perturbret.report.compare`.
-    contrasts : pandas.DataFrame
-        See `perturbret.report.compare.contrasts`.
+    contrasts, confidence : pandas.DataFrame
+        See `contrasts` and `confidences` of `perturbret.report.compare`.
     chance : dict of str to float
         Chance of every metric for single cells, micro average.
     prior : float
@@ -63,6 +63,7 @@ class Report:
     table: pd.DataFrame
     verdicts: pd.DataFrame
     contrasts: pd.DataFrame
+    confidence: pd.DataFrame
     chance: dict
     prior: float
     missing: list = field(default_factory=list)
@@ -119,8 +120,8 @@ def build_report(
 ) -> Report:
     """Compare the finished runs of a dataset and write its tables as CSV.
 
-    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv, and
-    as text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
+    comparison.csv (estimates), differences.csv (paired differences and verdicts), readouts.csv, null_control.csv,
+    confidence.csv, and as text headline.csv (`headline_table`) and contrasts.csv (`contrast_table`).
 
     Parameters
     ----------
@@ -169,6 +170,7 @@ def build_report(
         ("differences", [part.contrasts for part in parts]),
         ("contrasts", [contrast_table(part, "baseline", "adapting", "pretraining") for part in parts]),
         ("null_control", [part.verdicts for part in parts]),
+        ("confidence", [part.confidence for part in parts]),
         ("readouts", [part.readouts.drop(columns=["available", "request", "run"]) for part in parts]),
         ("headline", [headline_table(part) for part in parts]),
     ):
@@ -246,6 +248,7 @@ def _compared(directory: Path, runs: list[Finished], n_resamples: int, shared: d
         contrasts=compare.contrasts(
             scores, readouts, n_resamples=n_resamples, no_verdict=f"not judged: {reason}" if reason else ""
         ),
+        confidence=compare.confidences(runs),
         chance=summary.groupby("metric")["chance"].first().to_dict(),
         prior=float(queries["condition"].value_counts(normalize=True).iloc[0]),
         **shared,

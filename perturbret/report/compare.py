@@ -342,6 +342,16 @@ def estimates(scores: pd.DataFrame, *, n_resamples: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def confidences(runs: list[Finished]) -> pd.DataFrame:
+    """Rows of confidence.csv of every run, at the read-out that its own validation cells chose.
+
+    Runs that were judged before there was one have no rows.
+    """
+    found = [run.table("confidence") for run in runs if (run.directory / "confidence.csv").exists()]
+    empty = pd.DataFrame(columns=["encoder", "mask", "seed", "quantity", "estimate", "ci_low", "ci_high"])
+    return pd.concat(found, ignore_index=True) if found else empty
+
+
 def null_verdicts(runs: list[Finished], readouts: pd.DataFrame) -> pd.DataFrame:
     """Null control of every run at the read-out of its method, with Holm-adjusted p-values and the verdict.
 

@@ -223,6 +223,28 @@ def coverage_curves(curves: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def reliability_diagram(table: pd.DataFrame) -> Figure:
+    """Accuracy against probability of the condition ranked first; `perturbret.evaluation.confidence.Confidence`."""
+    figure, (axis,) = new_figure(6, 4.2)
+    top = min(1.0, 1.1 * max([0.1, *table["probability"], *table["accuracy"]]))
+    axis.plot([0, top], [0, top], color="black", ls=":", lw=1, label="perfectly calibrated")
+    looks = {"uncalibrated": ("#8a8a8a", "white"), "calibrated": (MASK_COLOURS[LEAK_FREE],) * 2}
+    for stage, part in table.groupby("stage", sort=False):
+        colour, fill = looks[stage]
+        if stage == "calibrated":
+            axis.vlines(part["probability"], part["ci_low"], part["ci_high"], color=colour, lw=2, alpha=0.5)
+        axis.plot(part["probability"], part["accuracy"], "o-", color=colour, mfc=fill, label=stage, **_CURVE)
+    axis.set(xlabel="probability of the condition ranked first", ylabel="share of cells it is right for")
+    axis.set(xlim=(0, top), ylim=(0, top))
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right center")
+    figure.suptitle(
+        "Each dot a tenth of the cells; below the dotted line answers are too sure. Bars: 95% intervals",
+        fontsize=9.5, x=0.01, ha="left",
+    )  # fmt: skip
+    return figure
+
+
 def audit_distributions(totals: np.ndarray, detected: np.ndarray, sizes: pd.Series) -> Figure:
     """UMIs per cell, detected genes per cell, cells per condition."""
     figure, axes = new_figure(10, 3, columns=3)

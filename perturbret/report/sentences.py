@@ -8,7 +8,7 @@ from ..data.masking import UNSAFE
 from ..data.prepared import Prepared
 from ..data.tracks import find_track
 from ..evaluation.composition import composable
-from ..evaluation.metrics import coverage_area
+from ..evaluation.confidence import COVERAGE, NONCONFORMITY
 from ..evaluation.nulls import null_limits
 from ..evaluation.readouts import readout_name
 from ..evaluation.scoring import candidate_names, candidate_sets
@@ -109,13 +109,66 @@ def evaluation_summary(
     return bullets(lines)
 
 
-def confidence(margin: pd.Series, hit: pd.Series) -> str:
-    """Area under the coverage-accuracy curve beside what an uninformative margin gives."""
-    area = coverage_area(margin.to_numpy(), hit.to_numpy())
-    return (
-        f"Area under the curve: {area:.3f}; a margin that says nothing has {hit.mean():.3f}, the accuracy over all "
-        f"queries."
+def confidence(run: Run, table: pd.DataFrame) -> str:
+    """What the probabilities of a run are worth: calibration, abstention, candidate sets, held-out conditions.
+
+    table : of `perturbret.evaluation.confidence.Confidence`.
+    """
+    if not len(table):
+        return "No validation cell could be ranked right, so nothing is calibrated."
+    rows = {row.quantity: row for row in table.itertuples()}
+
+    def shown(name: str, written=lambda value: f"{value:.3f}") -> str:
+        row = rows[name]
+        return f"{written(row.estimate)} [{written(row.ci_low)}, {written(row.ci_high)}]"
+
+    accuracy = rows["accuracy"].estimate
+    lines = [
+        f"**Probabilities**: temperature {rows['temperature'].estimate:.3g}, chosen on {rows['temperature'].n:,} "
+        f"validation cells. On {rows['accuracy'].n:,} query cells the condition ranked first has a probability of "
+        f"{percent(accuracy + rows['overconfidence'].estimate)} on average and is right for {percent(accuracy)}. ECE "
+        f"{shown('ece')}, before calibration {rows['ece_uncalibrated'].estimate:.3f}; a perfectly calibrated method "
+        f"shows {rows['ece_if_calibrated'].estimate:.3f} by luck.",
+        f"**Coverage and accuracy**: area under the curve {shown('coverage_area')} by probability, "
+        f"{shown('coverage_area_margin')} by margin; what says nothing has {accuracy:.3f}.",
+    ]
+    for name in (name for name in rows if name.startswith("threshold@")):
+        asked = name.removeprefix("threshold@")
+        line = f"**Answering only where {percent(float(asked))} would be right**: "
+        if np.isnan(rows[name].estimate):
+            line += "no threshold reaches that on validation cells."
+        elif f"accuracy@{asked}" not in rows:
+            line += f"from probability {rows[name].estimate:.2f} on; no query cell has that."
+        else:
+            line += (
+                f"from probability {rows[name].estimate:.2f} on, {shown(f'answered@{asked}', percent)} of query cells "
+                f"are answered, and {shown(f'accuracy@{asked}', percent)} of these are right."
+            )
+        lines.append(line)
+    n_candidates = len(candidate_names(run.prepared, run.prepared.candidate_sets[0], "query"))
+    sets = "; ".join(
+        f"{kind.upper()} {shown(f'conformal_{kind}_coverage', percent)}, with "
+        f"{rows[f'conformal_{kind}_size'].estimate:.1f} of {n_candidates} conditions on average"
+        for kind in NONCONFORMITY
     )
+    line = f"**Conformal sets** made to hold the true condition for {percent(COVERAGE)} of cells hold it for: {sets}."
+    if run.split.track != "in_dist":
+        line += (
+            f" **Nothing promises that share here**: queries are of {find_track(run.split.track).holds_out}, so that "
+            "they and validation cells are not exchangeable."
+        )
+    lines.append(line)
+    if "unknown_auroc_probability" in rows:
+        found = ", ".join(
+            f"{shown(f'unknown_auroc_{name}')} by {words}"
+            for name, words in (("probability", "probability"), ("margin", "margin"), ("score", "best score"))
+        )
+        lines.append(
+            f"**Is the true condition in the library at all?** Ranked among the conditions of training alone "
+            "(candidates `train`), no query here can be answered right. AUROC of telling that from a ranking with the "
+            f"cell's own condition in it: {found}; 0.5 says nothing."
+        )
+    return bullets(lines)
 
 
 def headline(report: Report, *, material: float = 0.02) -> str:

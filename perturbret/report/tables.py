@@ -3,7 +3,8 @@
 import pandas as pd
 
 from ..alignment.gene_space import GeneSpace
-from ..evaluation.metrics import coverage_area, metric_columns
+from ..evaluation.confidence import COVERAGE
+from ..evaluation.metrics import metric_columns
 from ..evaluation.readouts import readout_name
 from .ablation import Report, validity
 from .compare import LEAK_FREE, SHOWN, display_name
@@ -194,13 +195,24 @@ def null_table(report: Report) -> pd.DataFrame:
     )
 
 
-def area_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Area under each encoder's coverage-accuracy curve, beside the accuracy over all queries (an empty margin's)."""
-    rows = {}
-    for encoder, part in scores.groupby("encoder"):
-        margin, hit = part["margin"].to_numpy(), part["exact_hit@1"].to_numpy()
-        rows[display_name(encoder)] = {
-            "area": coverage_area(margin, hit),
-            "accuracy over all queries": hit.mean(),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").sort_values("area", ascending=False).round(3)
+def confidence_table(report: Report) -> pd.DataFrame:
+    """How far single answers can be trusted, mask all_targets: means over seeds of estimates and of interval ends.
+
+    Each run at the read-out that its own validation cells chose. Methods in the order of the single cells.
+    """
+    rows = report.confidence[report.confidence["mask"] == LEAK_FREE]
+    means = rows.groupby(["quantity", "encoder"])[["estimate", "ci_low", "ci_high"]].mean()
+    shown = {
+        "ece": ("ECE", with_interval),
+        "ece_if_calibrated": ("ECE by luck", lambda row: f"{row.estimate:.3f}"),
+        "conformal_lac_coverage": (f"{COVERAGE:.0%} sets hold the truth", with_interval),
+        "conformal_lac_size": ("conditions in a set", lambda row: f"{row.estimate:.1f}"),
+        "coverage_area": ("area", with_interval),
+        "answered@0.5": ("answered where 50% would be right", lambda row: f"{row.estimate:.1%}"),
+    }
+    found = [name for name in report.single()["encoder"] if name in set(rows["encoder"])]
+    table = {
+        title: [written(means.loc[quantity, name]) for name in found]
+        for quantity, (title, written) in shown.items()
+    }
+    return pd.DataFrame(table, index=[display_name(name) for name in found])

@@ -18,9 +18,11 @@ from ..data.screen import Screen
 from ..data.sources import CheckpointNotFound, find_checkpoint
 from ..encoders.base import load_encoder, without_cache
 from ..encoders.baselines import fit_baseline, fit_functions
+from ..evaluation.confidence import judge_confidence
 from ..evaluation.judge import evaluate, null_control, summarise
 from ..evaluation.metrics import METRICS
 from ..evaluation.nulls import permute_conditions
+from ..evaluation.readouts import primary_readout
 from ..evaluation.scoring import candidate_sets
 from ..evaluation.validation import Fitted
 from ..files.atomic import replacing, write_json, write_text
@@ -361,7 +363,7 @@ def null_twin(run: Run) -> Prepared:
 def evaluate_run(
     run: Run, *, libraries: list, query_sizes: list, poolings: list, n_resamples: int = 1000
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Score the saved encoder on the query cells and write scores, summary and null control.
+    """Score the saved encoder on the query cells and write scores, summary, null control and confidence.
 
     Parameters
     ----------
@@ -375,7 +377,8 @@ def evaluate_run(
     Returns
     -------
     scores : pandas.DataFrame
-        One row per query and read-out.
+        One row per query and read-out; `probability`, the calibrated one of the condition ranked first, for single
+        cells at the read-out that validation cells choose.
     summary : pandas.DataFrame
         Estimates with intervals.
     null : pandas.DataFrame
@@ -405,6 +408,15 @@ def evaluate_run(
         null_control(null_encoder, twin, candidates=each, n_resamples=n_resamples, **options) for each in sets
     ]
     null = pd.concat(controls, ignore_index=True)
+    library, scoring = primary_readout(run.directory, libraries)
+    sure = judge_confidence(
+        encoder, run.prepared, library=library, scoring=scoring, n_resamples=n_resamples, seed=QUERY_SEED
+    )
+    own = (scores["library"] == library) & (scores["scoring"] == scoring) & (scores["query_size"] == 1)
+    own &= scores["candidates"] == sets[0]
+    scores["probability"] = np.nan
+    if own.any():
+        scores.loc[own, "probability"] = sure.probability
     # Tables are replaced one by one: until all are there, the manifest must not vouch for them.
     manifest = {name: part for name, part in run.manifest.items() if name != "evaluation"}
     write_json(run.directory / "manifest.json", manifest)
@@ -412,6 +424,9 @@ def evaluate_run(
         scores.to_parquet(temporary, index=False)
     write_table(run.directory / "summary.csv", summary)
     write_table(run.directory / "null_control.csv", null)
+    confidence = sure.table.assign(library=library, scoring=scoring)
+    write_table(run.directory / "confidence.csv", confidence)
+    write_table(run.directory / "reliability.csv", sure.reliability)
     save_embeddings(run, encoder)
     manifest["evaluation"] = {
         "libraries": list(libraries),
