@@ -424,7 +424,7 @@ def evaluate_run(
         scores.to_parquet(temporary, index=False)
     write_table(run.directory / "summary.csv", summary)
     write_table(run.directory / "null_control.csv", null)
-    confidence = sure.table.assign(library=library, scoring=scoring)
+    confidence = sure.table.assign(library=library, scoring=scoring, candidates=sets[0])
     write_table(run.directory / "confidence.csv", confidence)
     write_table(run.directory / "reliability.csv", sure.reliability)
     save_embeddings(run, encoder)
