@@ -11,10 +11,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "column_guard": ["guard_columns"],
         "confounders": ["confounding"],
+        "embedding_shape": ["depth_r2", "effective_rank", "hubness", "spread"],
         "judge": ["evaluate", "null_control", "summarise", "within_batch"],
+        "limits": ["duplicate_hits", "merged_hits", "replicates", "share_of_range"],
         "metrics": ["METRICS", "Ranking", "chance", "metric", "per_query"],
         "nulls": ["permute_conditions"],
-        "readouts": ["choose_readout"],
+        "query_sizes": ["cells_needed", "cells_needed_by_condition"],
+        "readouts": ["choose_pooling", "choose_readout"],
+        "resolvability": ["apart_by_condition", "apart_by_size", "merge_alike", "tell_apart"],
         "retrieval": ["Library", "build_library", "match"],
         "scoring": ["make_queries", "score_queries"],
         "stats": [
