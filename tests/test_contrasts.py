@@ -243,7 +243,19 @@ def test_the_method_to_use_takes_a_material_difference(difference, low, high, ve
     def part(track, candidates, **changes):
         empty = pd.DataFrame()
         return ablation.Report(
-            Path(), track, 1.0, candidates, readouts, empty, empty, empty, contrasts, empty, {}, 0.1, **changes
+            Path(),
+            track,
+            1.0,
+            candidates,
+            readouts,
+            empty,
+            empty,
+            empty,
+            contrasts,
+            empty,
+            {},
+            0.1,
+            **changes,
         )
 
     (line,) = sentences.decision(part("in_dist", "train"), 0.02)
@@ -267,7 +279,9 @@ def compared(one, other):
     scores = scores.assign(mask="all_targets", query_size=1, scoring="classifier", library="none", seed=0)
     readouts = pd.DataFrame([method("old", "simple", 0.2), method("new", "tuned", 0.3)])
     empty = pd.DataFrame()
-    return ablation.Report(Path(), "in_dist", 1.0, "train", readouts, scores, empty, empty, empty, empty, {}, 0.1)
+    return ablation.Report(
+        Path(), "in_dist", 1.0, "train", readouts, scores, empty, empty, empty, empty, {}, 0.1
+    )
 
 
 def test_gains_and_confusions_of_two_methods_by_hand():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toy import tiny_model, tiny_tokens
 
+from perturbret.evaluation.embedding_shape import spread
 from perturbret.networks import training as finetune
 from perturbret.networks.adapters import trainable
 from perturbret.networks.embedding import embed_rows, run_lower
@@ -15,7 +16,6 @@ from perturbret.networks.training import (
     Validation,
     n_epochs,
     schedule,
-    spread,
     train,
 )
 from perturbret.scgpt.settings import ScGPTSettings

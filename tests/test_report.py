@@ -74,6 +74,7 @@ def test_a_run_leaves_every_artifact_of_the_design(screen, outputs):
         "params.yaml", "manifest.json", "encoder", "null_encoder", "embeddings.h5ad", "scores.parquet",
         "summary.csv", "validation.csv", "validation_scores.parquet", "selection.csv", "null_control.csv",
         "confidence.csv", "reliability.csv",
+        "limits.csv", "cells_needed.csv",
     } <= names  # fmt: skip
     assert not [name for name in names if ".tmp" in name]
     manifest = json.loads((directory / "manifest.json").read_text())

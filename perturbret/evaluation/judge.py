@@ -21,7 +21,7 @@ from .retrieval import LIBRARY_KINDS
 from .scoring import ALL_SCORINGS, POOLINGS, Scored, candidate_names, library_cells, score_queries
 from .stats import AVERAGES, cluster_bootstrap, cluster_mean, query_bootstrap
 
-QUERY_SIZES = (1, 5, 10, 20, 50)
+QUERY_SIZES = (1, 5, 10, 20, 50, 100, 200)
 READOUT = ["library", "query_size", "pooling", "candidates", "scoring"]
 
 

@@ -12,6 +12,7 @@ from .composition import COMPOSITIONS
 # classifier needs nothing beside the method; whitening needs a covariance.
 SCORING_PREFERENCE = ("classifier", "cosine", "whitened", "classifier_corrected")
 LIBRARIES = ("none", "mean", "bootstrap", "raw_cell", *COMPOSITIONS)
+POOLING_PREFERENCE = ("scores", "embeddings", "expression")
 # Shown beside the others, and never the read-out that stands for a method: it answers another question (all
 # conditions equally likely).
 VARIANT = "classifier_corrected"
@@ -97,13 +98,8 @@ def choose_readout(
     ('whitened', 'mean', 1.0, 1.0)
     """
     order = [(s, b) for s in SCORING_PREFERENCE for b in LIBRARIES]
-    sums = validation.pivot_table(
-        index="condition", columns=["scoring", "library"], values=_METRIC, aggfunc="sum", observed=True
-    )
-    sums = sums[[readout for readout in order if readout in sums.columns]]
-    sizes = validation.groupby("condition", observed=True).size() / sums.shape[1]
-    hits, cells = sums.to_numpy(float), sizes.loc[sums.index].to_numpy(float)
-    groups = len(cells)
+    sums, cells = _by_condition(validation, ["scoring", "library"], order)
+    hits, groups = sums.to_numpy(float), len(cells)
     (own,) = _simplest(hits, cells, np.ones((1, groups)), n_errors)
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=n_resamples)
     again = _simplest(hits, cells, drawn.astype(float), n_errors)
@@ -111,6 +107,21 @@ def choose_readout(
     return Choice(
         *sums.columns[own], float(means[own]), float(means.max()), len(means), float((again == own).mean())
     )
+
+
+def choose_pooling(pools: pd.DataFrame) -> str:
+    """How cells of one query are put together: the first of `POOLING_PREFERENCE` within one standard error of the best.
+
+    The rule of `choose_readout`, on validation pools of one size.
+
+    Parameters
+    ----------
+    pools : pandas.DataFrame
+        condition, pooling, exact_hit@1 of every pool in every pooling.
+    """
+    sums, cells = _by_condition(pools, ["pooling"], POOLING_PREFERENCE)
+    (own,) = _simplest(sums.to_numpy(float), cells, np.ones((1, len(cells))), 1.0)
+    return sums.columns[own]
 
 
 def primary_readout(directory: Path, libraries=LIBRARIES) -> tuple[str, str]:
@@ -127,6 +138,14 @@ def common_readout(one: set, other: set) -> tuple[str, str] | None:
 def readout_name(scoring: str, library: str) -> str:
     """`classifier`, or scoring and library: `whitened, mean`."""
     return scoring if library == "none" else f"{scoring}, {library}"
+
+
+def _by_condition(hits: pd.DataFrame, columns: list[str], order) -> tuple[pd.DataFrame, np.ndarray]:
+    """Sums of hits by condition and what was tried, in order of preference, and the queries of each condition (G,)."""
+    sums = hits.pivot_table(index="condition", columns=columns, values=_METRIC, aggfunc="sum", observed=True)
+    sums = sums[[each for each in order if each in sums.columns]]
+    sizes = hits.groupby("condition", observed=True).size() / sums.shape[1]
+    return sums, sizes.loc[sums.index].to_numpy(float)
 
 
 def _simplest(hits: np.ndarray, cells: np.ndarray, weights: np.ndarray, n_errors: float) -> np.ndarray:

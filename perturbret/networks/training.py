@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..data.prepared import Cells, Prepared
+from ..evaluation.embedding_shape import spread
 from ..evaluation.scoring import by_name, library_cells
 from ..evaluation.validation import best_readout
 from ..files.atomic import replacing
@@ -392,13 +393,6 @@ def train(
     table = pd.DataFrame(history)
     gradients = {name: total / len(history) for name, total in sums.items()}
     return Outcome(table, best["epoch"], gradients, len(history) * n_steps)
-
-
-def spread(embeddings: np.ndarray) -> float:
-    """Root mean square distance from the mean embedding, over the root mean square length."""
-    values = embeddings.astype(np.float64)
-    length = math.sqrt(np.square(values).sum(axis=1).mean())
-    return math.sqrt(np.square(values - values.mean(axis=0)).sum(axis=1).mean()) / length if length else 0.0
 
 
 def _epoch(accelerator, wrapped, optimiser, weights, source, index, labels, plan, settings, epoch):

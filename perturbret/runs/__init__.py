@@ -9,6 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "limits": ["told_apart"],
         "pipeline": ["evaluate_run", "fit", "fit_code", "fit_run", "notebook_run", "open_saved", "save_run"],
         "runs": ["Identity", "Run", "open_run", "outputs_root", "run_name"],
     },

@@ -22,12 +22,14 @@ from ..evaluation.confidence import judge_confidence
 from ..evaluation.judge import evaluate, null_control, summarise
 from ..evaluation.metrics import METRICS
 from ..evaluation.nulls import permute_conditions
+from ..evaluation.query_sizes import cells_needed_by_condition
 from ..evaluation.readouts import primary_readout
 from ..evaluation.scoring import candidate_sets
 from ..evaluation.validation import Fitted
 from ..files.atomic import replacing, write_json, write_text
 from ..files.provenance import code_hash, directory_hash, environment
 from ..networks.families import NETWORKS
+from .limits import find_limits, pooling_to_use
 from .progress import Progress
 from .runs import SCRATCH, Run, open_run, outputs_root, read_manifest, write_table
 
@@ -363,7 +365,7 @@ def null_twin(run: Run) -> Prepared:
 def evaluate_run(
     run: Run, *, libraries: list, query_sizes: list, poolings: list, n_resamples: int = 1000
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Score the saved encoder on the query cells and write scores, summary, null control and confidence.
+    """Score the saved encoder on the query cells and write scores, summary, null control, confidence and limits.
 
     Parameters
     ----------
@@ -417,6 +419,22 @@ def evaluate_run(
     scores["probability"] = np.nan
     if own.any():
         scores.loc[own, "probability"] = sure.probability
+    embeddings = encoder.embed(run.prepared.cells)
+    limits = find_limits(
+        run,
+        encoder,
+        embeddings,
+        summary,
+        library=library,
+        scoring=scoring,
+        query_sizes=query_sizes,
+        poolings=poolings,
+        n_resamples=n_resamples,
+        seed=QUERY_SEED,
+    )
+    chosen = scores[(scores["library"] == library) & (scores["scoring"] == scoring)]
+    chosen = chosen[chosen["candidates"] == sets[0]]
+    pooled = chosen["pooling"].isin(["single", pooling_to_use(limits)])
     # Tables are replaced one by one: until all are there, the manifest must not vouch for them.
     manifest = {name: part for name, part in run.manifest.items() if name != "evaluation"}
     write_json(run.directory / "manifest.json", manifest)
@@ -427,7 +445,9 @@ def evaluate_run(
     confidence = sure.table.assign(library=library, scoring=scoring, candidates=sets[0])
     write_table(run.directory / "confidence.csv", confidence)
     write_table(run.directory / "reliability.csv", sure.reliability)
-    save_embeddings(run, encoder)
+    write_table(run.directory / "limits.csv", limits)
+    write_table(run.directory / "cells_needed.csv", cells_needed_by_condition(chosen[pooled]))
+    save_embeddings(run, embeddings)
     manifest["evaluation"] = {
         "libraries": list(libraries),
         "candidate_sets": list(sets),
@@ -442,7 +462,7 @@ def evaluate_run(
     return scores, summary, null
 
 
-def save_embeddings(run: Run, encoder) -> None:
+def save_embeddings(run: Run, embeddings: np.ndarray) -> None:
     """Write embeddings.h5ad: X = cells x d, obs = condition, role, batch."""
     import anndata
 
@@ -450,7 +470,7 @@ def save_embeddings(run: Run, encoder) -> None:
     obs = pd.DataFrame({"condition": prepared.conditions, "role": prepared.roles}, index=prepared.cells.names)
     if prepared.cells.batch is not None:
         obs["batch"] = prepared.cells.batch
-    adata = anndata.AnnData(encoder.embed(prepared.cells), obs=obs.astype("category"))
+    adata = anndata.AnnData(embeddings, obs=obs.astype("category"))
     adata.uns["perturbret"] = {name: str(value) for name, value in run.params.items()}
     with replacing(run.directory / "embeddings.h5ad") as temporary:
         adata.write_h5ad(temporary, compression="lzf")
