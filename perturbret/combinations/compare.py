@@ -98,22 +98,26 @@ def by_shared_genes(task: PairTask, composer: Composer, setting: dict, *, seed: 
         `shared` (2, 1, 0), then as `judge`, among all pairs.
     """
     order = np.argsort(mix(name_seeds(f"{seed} {query}" for query in task.queries)))
-    rows = []
+    asked, scores = [], {2: [[]], 1: [[], []], 0: [[]]}
     for q, pair in enumerate(task.members):
         holds = [np.setdiff1d(np.flatnonzero((task.members == gene).any(axis=1)), [q]) for gene in pair]
         free = task.without(pair)
         if min(map(len, holds)) == 0 or len(free) <= sum(map(len, holds)):
             continue
+        asked.append(q)
         for shared, extras in ((2, [np.concatenate(holds)]), (1, holds), (0, [holds[0][:0]])):
-            for extra in extras:
+            for extra, rows in zip(extras, scores[shared], strict=True):
                 others = order[np.isin(order, free)][: len(free) - len(extra)]
-                scores = composer.score(
-                    task, np.sort(np.concatenate([extra, others])), np.array([q]), **setting
-                )
-                rows.append(judge(task, scores, [q]).query("candidates == 'pairs'").assign(shared=shared))
-    if not rows:
+                train = np.sort(np.concatenate([extra, others]))
+                rows.append(composer.score(task, train, np.array([q]), **setting)[0])
+    if not asked:
         return pd.DataFrame(columns=["shared", "query", "rank", *METRICS])
-    table = pd.concat(rows).drop(columns=["first", "candidates"])
+    tables = [
+        judge(task, np.array(rows), asked).query("candidates == 'pairs'").assign(shared=shared)
+        for shared, parts in scores.items()
+        for rows in parts
+    ]
+    table = pd.concat(tables).drop(columns=["first", "candidates"])
     return table.groupby(["shared", "query"], sort=False).mean().reset_index()
 
 

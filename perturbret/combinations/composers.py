@@ -50,13 +50,11 @@ OPPONENTS = (
 )  # fmt: skip
 
 LEARNED = Composer(
-    "whitened by doubles too", "directions scaled by how much singles and other doubles differ there",
+    "whitened by doubles too",
+    "directions scaled by how much singles and other doubles differ there",
     whitened,
-    tuple(
-        {"ridge": ridge, "doubles": doubles, "weak": weak}
-        for ridge in (1.0, 0.3, 0.1) for doubles in (1.0, 3.0) for weak in (1.0, 0.8)
-    ),
+    tuple({"ridge": ridge, "doubles": doubles} for ridge in (1.0, 0.3, 0.1) for doubles in (1.0, 3.0)),
     learns=True,
-)  # fmt: skip
+)
 
 COMPOSERS = (*OPPONENTS, LEARNED)

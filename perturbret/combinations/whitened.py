@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.linalg import solve
 
-from .opponents import cosines, stronger
+from .opponents import cosines
 from .task import PairTask
 
 
@@ -14,9 +14,8 @@ def whitened(
     *,
     ridge: float,
     doubles: float = 0.0,
-    weak: float = 1.0,
 ) -> np.ndarray:
-    """Cosine with s1 + `weak` s2, s2 the single of the smaller effect, after whitening.
+    """Cosine with the sum of two singles, after whitening.
 
     Whitening is by W = S'S + `doubles` Y'Y + `ridge` I, with the singles S and the doubles Y of `train` as rows, each
     kind scaled to a mean squared length of 1, around 0 (no effect). So a ridge of 1 is as large as the mean
@@ -38,5 +37,4 @@ def whitened(
     inner = task.gram[np.ix_(rows, rows)] + ridge * np.diag(1 / weights)
     gram = np.zeros_like(task.gram)
     gram[np.ix_(used, used)] = task.gram[np.ix_(used, used)] - onto.T @ solve(inner, onto, assume_a="pos")
-    first = stronger(task, task.candidates)
-    return cosines(task, gram, queries, np.where(first, 1.0, weak), np.where(first, weak, 1.0))
+    return cosines(task, gram, queries)

@@ -133,7 +133,9 @@ def shared_table(task: PairTask, shared: pd.DataFrame) -> pd.DataFrame:
     for number, part in shared.groupby("shared"):
         members = task.members[[task.queries.index(query) for query in part["query"]]]
         row = {"shared": number, "doubles": len(part)}
-        for name, mean, low, high in zip(_COLUMNS, *gene_interval(part[list(_COLUMNS)], members), strict=True):
+        for name, mean, low, high in zip(
+            _COLUMNS, *gene_interval(part[list(_COLUMNS)], members), strict=True
+        ):
             row[name] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
         rows.append(row)
     return pd.DataFrame(rows, columns=["shared", "doubles", *_COLUMNS])
@@ -148,14 +150,16 @@ def limits(task: PairTask, found: pd.DataFrame, distances: pd.DataFrame | None) 
         "Which pairs were measured is no accident: their genes were chosen. Hit rates hold for doubles like these.",
     ]
     if task.halves is None:
-        lines.append("Halves of the cells are not known (layers half1 and half2), so that no ceiling can be given.")
+        lines.append(
+            "Halves of the cells are not known (layers half1 and half2), so that no ceiling can be given."
+        )
     if task.left_out:
         lines.append(f"Without one of their singles, and so not asked: {plain(', '.join(task.left_out))}.")
     if distances is not None:
         nearer = found["nearer"].dropna()
         if len(nearer):
             lines.append(
-                f"{len(nearer)} wrong answers are themselves measured; the median of the share of doubles that lie nearer "
-                f"to the truth is {percent(nearer.median())} (50% were they drawn at random)."
+                f"{len(nearer)} wrong answers are themselves measured; the median share of doubles that lie nearer to "
+                f"the truth is {percent(nearer.median())} (50% were they drawn at random)."
             )
     return bullets(lines)
