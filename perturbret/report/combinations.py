@@ -98,7 +98,9 @@ def found_and_missed(found: pd.DataFrame, column: str) -> Figure:
         left.plot(
             part["weaker"], part[column], "o", color=colour, ms=5, alpha=0.8, label=f"{label} ({len(part)})"
         )
-    left.set(xlabel="length of the smaller single effect", xscale="log", yscale="log")
+    left.set(xlabel="length of the smaller single effect", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
     left.set_ylabel(AXES[column].removeprefix("the "))
     left.legend(title="first answer names")
     if "nearer" in found and found["nearer"].notna().any():
