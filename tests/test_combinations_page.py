@@ -24,7 +24,9 @@ def test_the_answer_and_the_table_hold_the_numbers(results):
     text = page.answer(task, summary, gains, LEARNED.name)
     assert "16 measured doubles of toy" in text and "all 45 pairs of its 10 singles" in text
     rows = page.method_table(summary, gains, "pairs").set_index("method")
-    estimate = summary.query("candidates == 'pairs' and metric == 'exact_hit@1'").set_index("method")["estimate"]
+    estimate = summary.query("candidates == 'pairs' and metric == 'exact_hit@1'").set_index("method")[
+        "estimate"
+    ]
     assert rows.loc["additive", "exact_hit@1"].startswith(f"{estimate['additive']:.3f} [")
     assert rows.index[-1] == "chance"
 
@@ -33,7 +35,10 @@ def test_the_setting_most_chosen_is_named(results):
     chosen = results[2].copy()
     chosen.loc[chosen["setting"] == "ridge 1.0, doubles 1.0", "doubles"] = 0
     chosen.loc[len(chosen)] = (LEARNED.name, "ridge 0.1, doubles 3.0", 1000)
-    assert LEARNED.settings[page.most_chosen(chosen.drop_duplicates("setting", keep="last"), LEARNED)]["ridge"] == 0.1
+    assert (
+        LEARNED.settings[page.most_chosen(chosen.drop_duplicates("setting", keep="last"), LEARNED)]["ridge"]
+        == 0.1
+    )
 
 
 def test_figures_have_ticks_that_are_numbers(results):
