@@ -21,18 +21,19 @@ DOORS = {
     "files": "",
     "data": "files",
     "evaluation": "files data",
+    "combinations": "files data evaluation",
     "alignment": "files data",
     "encoders": "files data evaluation",
     "networks": "files data evaluation",
     "scgpt": "files data evaluation alignment networks",
     "runs": "files data evaluation encoders networks",
     "pretraining": "files data alignment networks scgpt runs",
-    "report": "files data evaluation alignment encoders networks scgpt runs pretraining",
+    "report": "files data evaluation combinations alignment encoders networks scgpt runs pretraining",
     "workflow": "files data runs",
 }
 # torch is slow to import and heavy, so that nothing else may need it.
 NETWORKS = {"networks", "scgpt", "pretraining", "report.pretraining"}
-PURE = {"evaluation"}  # functions of arrays and tables
+PURE = {"evaluation", "combinations"}  # functions of arrays and tables
 PURE_IMPORTS = {"numpy", "pandas", "scipy", "lazy_loader"}
 
 

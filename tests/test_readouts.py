@@ -81,7 +81,7 @@ def test_the_prior_corrected_variant_and_libraries_that_were_not_evaluated_are_l
         ("cosine", "raw_cell"): table_of([0.8] * 5),
         ("cosine", "mean"): table_of([0.1] * 5),
     }
-    validation(hits).to_parquet(tmp_path / "validation_scores.parquet")
+    validation(hits).assign(candidates="train").to_parquet(tmp_path / "validation_scores.parquet")
     read = read_validation(tmp_path, ["mean"])
     assert set(zip(read["scoring"], read["library"], strict=True)) == {("cosine", "mean")}
     assert primary_readout(tmp_path, ["mean", "raw_cell"]) == ("raw_cell", "cosine")

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "datasets": ["load_screen", "resolve_dataset"],
+        "effects": ["Effects", "load_effects"],
         "masking": ["POLICIES", "mask_counts", "target_columns"],
         "prepared": ["Cells", "Context", "Prepared", "prepare"],
         "screen": ["Screen"],

@@ -92,7 +92,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     audit["n_raw_labels"] = int(obs["label"].nunique())
     counts = _counts(source, layer, entry, keep, obs, columns, audit)
     counts, genes, identifiers = _sum_duplicates(counts, columns, entry, audit)
-    conditions = _nearest_names(obs["condition"].to_numpy(str), genes, identifiers, entry, resolver)
+    conditions = nearest_names(obs["condition"].to_numpy(str), genes, identifiers, entry, resolver)
 
     filled = np.diff(counts.indptr) > 0
     audit["empty_cells"] = int((~filled).sum())
@@ -109,7 +109,7 @@ def ingest(source: Source, entry: Entry, *, file: Path | None = None) -> Screen:
     _audit_labels(obs["label"].iloc[chosen], conditions[chosen], audit)
     extra = _extra_masked(entry, rules, conditions, left)
     matches = match_targets(left, genes, resolver=resolver, extra=extra, identifiers=identifiers)
-    _check_targets(matches, genes, identifiers, entry, audit, resolver)
+    check_targets(matches, genes, identifiers, entry, audit, resolver)
 
     if len(chosen) < counts.shape[0]:
         counts = counts[chosen]
@@ -149,7 +149,7 @@ def _check_controls(obs: pd.DataFrame, entry: Entry) -> None:
         )
 
 
-def _nearest_names(conditions, genes, identifiers, entry: Entry, resolver) -> np.ndarray:
+def nearest_names(conditions, genes, identifiers, entry: Entry, resolver) -> np.ndarray:
     """Conditions with the names of the columns that are nearest, where the entry takes those."""
     if entry.target_map != "nearest":
         return conditions
@@ -164,7 +164,7 @@ def _nearest_names(conditions, genes, identifiers, entry: Entry, resolver) -> np
     return np.array([renamed[condition] for condition in conditions])
 
 
-def _check_targets(
+def check_targets(
     matches: TargetMatches, genes, identifiers, entry: Entry, audit: dict, resolver: SymbolResolver
 ) -> None:
     """Put the matches on record; refuse where a mask may miss targets that are measured.
@@ -455,7 +455,7 @@ def load_screen(dataset: str | Entry = "auto", *, registry: str | Path | None = 
     DataNotFound, ChecksumError
         The file cannot be had, or is another one.
     ScreenError, CountsError, ValueError
-        The file is not what the entry says; see `perturbret.data.datasets.ingest`.
+        The file is not what the entry says; see `perturbret.data.datasets.ingest`. Or it holds effects and no cells.
 
     Examples
     --------
@@ -468,15 +468,21 @@ def load_screen(dataset: str | Entry = "auto", *, registry: str | Path | None = 
     entry = (
         dataset if isinstance(dataset, Entry) else resolve_dataset(dataset, registry=registry, cache=cache)
     )
+    if entry.effects:
+        raise ScreenError(
+            f"{entry.name} holds effects, one row for each condition, and no cells: nothing can be split, trained or "
+            "tokenised. perturbret.data.load_effects reads it, and notebook 08_combinations asks which two genes a "
+            "combination is of"
+        )
     if entry.simulated:
         return _simulate(entry)
     path = fetch(entry, cache=cache)
     with open_source(path, modality=entry.modality) as source:
-        _expect_readable(source, entry, path)
+        expect_readable(source, entry, path)
         return ingest(source, entry, file=path)
 
 
-def _expect_readable(source: Source, entry: Entry, path: Path) -> None:
+def expect_readable(source: Source, entry: Entry, path: Path) -> None:
     """Raise where a part that the entry names is among those that could not be read.
 
     Raises
@@ -491,7 +497,7 @@ def _expect_readable(source: Source, entry: Entry, path: Path) -> None:
         for column in columns
         for table in ("obs", "var", "raw/var")
     }
-    layer = (entry.counts_layer or "counts").removeprefix("recover").removeprefix(":") or "X"
+    layer = entry.effects or (entry.counts_layer or "counts").removeprefix("recover").removeprefix(":") or "X"
     parts = [layer, f"{layer}/X"] if layer in ("X", "raw") else [f"layers/{layer}"]
     if entry.counts_layer is None and "counts" not in source.layers:
         parts.append("X")

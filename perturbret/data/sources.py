@@ -180,6 +180,12 @@ class Entry:
     def simulated(self) -> bool:
         return self.simulate is not None
 
+    @property
+    def effects(self) -> str | None:
+        """The layer that holds effects of conditions, where the dataset has those in place of cells."""
+        keyword, _, layer = (self.counts_layer or "").partition(":")
+        return (layer or "X") if keyword == "effects" else None
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -343,6 +349,11 @@ def make_entry(content: Mapping[str, Any], *, where: str = "entry") -> Entry:
         useless = sorted(key for key in set(content) - used if content[key] is not None)
         if useless:
             raise EntryError(f"{where}: a simulated dataset has no use for {', '.join(useless)}")
+    elif entry.effects:
+        of_cells = ("batch_key", "guide_key", "total_key", "scaled_counts", "min_cells")
+        useless = [key for key in of_cells if content.get(key) is not None]
+        if useless:
+            raise EntryError(f"{where}: effects have no cells, and no use for {', '.join(useless)}")
     elif entry.condition_key is None:
         raise EntryError(f"{where}: missing key 'condition_key'")
     elif "control_label" not in content:

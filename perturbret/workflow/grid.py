@@ -17,6 +17,7 @@ from .parameters import ParameterError, check_parameters, declared_parameters, l
 
 AUDIT, VOCAB = "01_data_audit", "02_vocab_coverage"
 EVALUATION, REPORT = "05_retrieval_eval", "06_ablation_report"
+COMBINATIONS = "08_combinations"
 # Parameters of notebooks that are not a run's fit, by their key in a grid.
 SECTIONS, SECTION_NOTEBOOKS = ("audit", "vocab", "evaluation", "report"), (AUDIT, VOCAB, EVALUATION, REPORT)
 # Set for every notebook that declares them; a grid or recipe that sets them too would be overruled.
@@ -282,5 +283,5 @@ def _check_names(runs: list[PlannedRun], where: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise GridError(f"{where}: two runs are named {name!r}; each recipe and value may be listed once")
-        if name in ("audit", "vocab", "report", "splits", "cache", "scratch", "superseded"):
+        if name in ("audit", "vocab", "report", "combinations", "splits", "cache", "scratch", "superseded"):
             raise GridError(f"{where}: a run cannot be named {name!r}: that directory has another use")

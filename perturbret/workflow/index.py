@@ -6,13 +6,13 @@ from urllib.parse import quote
 
 from ..files.atomic import write_text
 from ..runs.runs import Identity, read_manifest
-from .grid import AUDIT, REPORT, VOCAB
+from .grid import AUDIT, COMBINATIONS, REPORT, VOCAB
 from .html import BANNERED, index_page
 from .superseded import Made, fingerprint_of, other_data, read_record
 
 PAGES = "[0-9][0-9]_*.html"
 # Directories of a dataset that hold no run.
-OTHERS = ("report", "audit", "vocab")
+OTHERS = ("report", "audit", "vocab", "combinations")
 
 
 def write_index(outputs: str | Path) -> Path:
@@ -45,6 +45,7 @@ def _dataset(folder: Path, outputs: Path) -> dict:
     other = {made.path.name for made in _of_other_data(folder) if made.path.is_dir()}
     report, audit = folder / "report" / f"{REPORT}.html", folder / "audit" / f"{AUDIT}.html"
     others = [("what is in the data", audit), ("which genes scGPT knows", folder / "vocab" / f"{VOCAB}.html")]
+    others.append(("which two genes a combination is of", folder / "combinations" / f"{COMBINATIONS}.html"))
     others += [(name, folder / "report" / name) for name in ("comparison.csv", "workflow.log")]
     runs = {page.parent.name for page in folder.glob(f"*/{PAGES}")}
     runs |= {page.parent.parent.name for page in folder.glob(f"*/failed/{PAGES}")}
