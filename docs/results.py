@@ -114,8 +114,16 @@ def stale(results: Path = RESULTS) -> list[str]:
         f"{path.parent.name}: {encoder}"
         for path in sorted(results.glob("*/made.json"))
         for encoder, code in json.loads(path.read_text())["code"].items()
-        if fit_code({"encoder": encoder, "search": {}}) != code
+        if _today(encoder) != code
     ]
+
+
+def _today(encoder: str) -> str:
+    """Hash of the code that fits encoders of a kind today; empty for a kind that there is no longer."""
+    try:
+        return fit_code({"encoder": encoder, "search": {}})
+    except ValueError:
+        return ""
 
 
 def _encoder(manifest: dict) -> str:
