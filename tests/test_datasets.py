@@ -14,6 +14,7 @@ from perturbret.data.annotations import ScreenError
 from perturbret.data.conditions import CTRL
 from perturbret.data.counts import CountsError
 from perturbret.data.datasets import ingest, load_screen, resolve_dataset
+from perturbret.data.effects import load_effects
 from perturbret.data.h5ad import from_anndata
 from perturbret.data.sources import DataNotFound, EntryError, UnknownDataset, load_registry, make_entry
 from perturbret.files.atomic import DiskFull
@@ -556,8 +557,9 @@ def test_every_entry_without_a_file_at_hand_says_how_to_get_it(monkeypatch, tmp_
     monkeypatch.setenv("PERTURBRET_DATA", str(tmp_path))
     for name, item in load_registry().items():
         if item.path and not item.url:
+            read = load_effects if (item.counts_layer or "").startswith("effects") else load_screen
             with pytest.raises(DataNotFound, match="set PERTURBRET_DATA to it"):
-                load_screen(name)
+                read(name)
 
 
 # -- parts that nobody asked for ---------------------------------------------------------------------------
