@@ -64,3 +64,14 @@ def tiny_checkpoint(tiny_prepared, tmp_path_factory) -> Path:
 
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
     return toy.write_tiny_checkpoint(directory, tiny_prepared.cells.genes[1:])
+
+
+@pytest.fixture(scope="session")
+def wide():
+    """A simulated screen with singles, doubles, batches and guides."""
+    from perturbret.data.simulate import simulate_screen
+
+    return simulate_screen(
+        n_singles=10, n_doubles=8, n_genes=60, cells_per_condition=40, n_control=40, n_batches=4,
+        guides_per_target=3, effect=2.0, seed=1,
+    )  # fmt: skip

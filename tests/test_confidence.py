@@ -11,7 +11,6 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import mannwhitneyu
 
 from perturbret.data.prepared import prepare
-from perturbret.data.simulate import simulate_screen
 from perturbret.data.splits import make_split
 from perturbret.data.tracks import TRACKS
 from perturbret.encoders.baselines import fit_baseline
@@ -207,15 +206,6 @@ def test_auroc_is_that_of_mann_and_whitney():
     rng = np.random.default_rng(8)
     one, other = rng.integers(0, 9, 70), rng.integers(0, 7, 40)
     assert conf.auroc(one, other) == pytest.approx(mannwhitneyu(one, other).statistic / (70 * 40))
-
-
-@pytest.fixture(scope="module")
-def wide():
-    """A simulated screen with singles, doubles, batches and guides."""
-    return simulate_screen(
-        n_singles=10, n_doubles=8, n_genes=60, cells_per_condition=40, n_control=40, n_batches=4,
-        guides_per_target=3, effect=2.0, seed=1,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*TRACKS])

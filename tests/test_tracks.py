@@ -212,17 +212,6 @@ def test_uniform_numbers_are_of_the_name():
     ).all()
 
 
-@pytest.fixture(scope="module")
-def wide():
-    """A simulated screen with singles, doubles, batches and guides."""
-    from perturbret.data.simulate import simulate_screen
-
-    return simulate_screen(
-        n_singles=10, n_doubles=8, n_genes=60, cells_per_condition=40, n_control=40, n_batches=4,
-        guides_per_target=3, effect=2.0, seed=1,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [*TRACKS])
 @pytest.mark.parametrize("encoder", ["pca", "logreg", "mlp", "mean_shift"])
 def test_a_method_is_chosen_and_judged_under_every_track(wide, name, encoder):

@@ -9,6 +9,7 @@ from ..combinations.composers import Composer
 from ..combinations.judge import gene_interval
 from ..combinations.task import CANDIDATE_SETS, PairTask
 from ..data.effects import Effects
+from ..runs.runs import show_data
 from .figures import LEAK_FREE, MASK_COLOURS, new_figure
 from .wording import bullets, percent, plain, span, with_interval
 
@@ -44,16 +45,11 @@ def answer(task: PairTask, summary: pd.DataFrame, gains: pd.DataFrame, learned: 
 
 def introduce(effects: Effects) -> None:
     """Show what effects this notebook works on; simulated ones put a banner on the page."""
-    from IPython.display import display
-
-    line = (
+    show_data(
         f"**{plain(effects.name)}**: effects of {len(effects.conditions)} conditions on {len(effects.genes):,} genes; "
-        f"fingerprint `{effects.fingerprint[:12]}`"
+        f"fingerprint `{effects.fingerprint[:12]}`",
+        simulated=effects.simulated,
     )
-    bundle = {"text/markdown": line, "application/vnd.perturbret+json": {"simulated": effects.simulated}}
-    if effects.simulated:
-        bundle["text/markdown"] = "**SIMULATED DATA** — " + line
-    display(bundle, raw=True)
 
 
 def method_table(summary: pd.DataFrame, gains: pd.DataFrame, which: str) -> pd.DataFrame:

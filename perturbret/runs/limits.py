@@ -19,9 +19,8 @@ from ..evaluation.query_sizes import cells_needed
 from ..evaluation.readouts import choose_pooling
 from ..evaluation.resolvability import merge_alike, tell_apart
 from ..evaluation.retrieval import LIBRARY_SCORINGS
-from ..evaluation.scoring import Scored, by_name, candidate_names, library_cells, score_queries
+from ..evaluation.scoring import Scored, by_name, candidate_names, library_cells, score_queries, whitening
 from ..evaluation.stats import cluster_bootstrap, cluster_mean
-from ..evaluation.whitening import choose_shrinkage, whitener
 from ..files.cache import cached
 from ..files.provenance import code_hash
 from .runs import Run
@@ -119,7 +118,7 @@ def find_limits(
     tables = [_needed(summary[(summary["library"] == library) & (summary["scoring"] == scoring)])]
     tables.append(_pooling(encoder, prepared, query_sizes, poolings, readout).assign(**at))
     tables.append(_merged(run, scored, options).assign(**at))
-    tables += [_replicates(run, embeddings, options), _duplicates(prepared, embeddings, options)]
+    tables += [_replicates(run, encoder, embeddings, options), _duplicates(prepared, embeddings, options)]
     # Elsewhere queries are not drawn as the posterior takes them to be: other guides, or held-out conditions only.
     if prepared.truth is not None and run.params["track"] == "in_dist":
         tables.append(_bound(prepared, scored, options).assign(**at))
@@ -188,7 +187,7 @@ def _merged(run: Run, scored: list[Scored], options: dict) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(about="alike merged", name="merged_hit@1")
 
 
-def _replicates(run: Run, embeddings: np.ndarray, options: dict) -> pd.DataFrame:
+def _replicates(run: Run, encoder, embeddings: np.ndarray, options: dict) -> pd.DataFrame:
     """Replicates among query cells, by cosine and whitened cosine of mean embeddings."""
     prepared = run.prepared
     rows, known = by_name(prepared, prepared.where("query")), by_name(prepared, prepared.where("train"))
@@ -196,10 +195,7 @@ def _replicates(run: Run, embeddings: np.ndarray, options: dict) -> pd.DataFrame
     guide = run.screen.obs["guide"].to_numpy(str)[rows] if "guide" in run.screen.obs else None
     tables = []
     for scoring in LIBRARY_SCORINGS:
-        space = None
-        if scoring == "whitened":
-            labels = prepared.conditions[known]
-            space = whitener(embeddings[known], labels, shrinkage=choose_shrinkage(embeddings[known], labels))
+        space = whitening(encoder, prepared, known, embeddings[known]) if scoring == "whitened" else None
         found = replicates(
             embeddings[rows], prepared.conditions[rows], batch=batch, guide=guide, whiten=space, **options
         )

@@ -283,13 +283,18 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def announce(screen: Screen) -> None:
     """Show what data this notebook works on; a simulated screen puts a banner on the page."""
+    show_data(
+        f"**{screen.name}**: {screen.n_cells:,} cells × {screen.n_genes:,} genes, {len(screen.conditions)} conditions; "
+        f"fingerprint `{screen.fingerprint[:12]}`",
+        simulated=screen.simulated,
+    )
+
+
+def show_data(line: str, *, simulated: bool) -> None:
+    """Show a line of Markdown on the data of a notebook; simulated ones put a banner on the page."""
     from IPython.display import display
 
-    line = (
-        f"**{screen.name}**: {screen.n_cells:,} cells × {screen.n_genes:,} genes, {len(screen.conditions)} conditions; "
-        f"fingerprint `{screen.fingerprint[:12]}`"
-    )
-    bundle = {"text/markdown": line, "application/vnd.perturbret+json": {"simulated": screen.simulated}}
-    if screen.simulated:
+    bundle = {"text/markdown": line, "application/vnd.perturbret+json": {"simulated": simulated}}
+    if simulated:
         bundle["text/markdown"] = "**SIMULATED DATA** — " + line
     display(bundle, raw=True)
