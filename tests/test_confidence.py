@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import toy
-from scipy.sparse import csr_matrix
 from scipy.special import log_softmax, softmax
 from scipy.stats import mannwhitneyu
 
@@ -211,10 +210,7 @@ def test_auroc_is_that_of_mann_and_whitney():
 @pytest.mark.parametrize("name", [*TRACKS])
 def test_what_is_chosen_does_not_depend_on_query_cells(wide, name):
     split = make_split(wide.obs, track=name, seed=0)
-    query = (split.roles == "query").to_numpy()
-    counts = wide.counts.toarray()
-    counts[query] = np.random.default_rng(0).poisson(3.0, counts[query].shape)
-    changed = replace(wide, counts=csr_matrix(counts.astype(np.float32)), fingerprint=wide.fingerprint)
+    changed = toy.with_other_queries(wide, split)
     found = []
     for screen in (wide, changed):
         prepared = prepare(screen, split, mask="all_targets")

@@ -10,7 +10,6 @@ import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_matrix
 
 from perturbret.data.conditions import CTRL, targets
 from perturbret.data.prepared import prepare
@@ -242,14 +241,6 @@ def test_validation_ranks_its_own_held_out_conditions_and_none_of_the_queries(wi
     assert set(prepared.conditions[library_cells(prepared, "observed", "query")]) >= asked | known
 
 
-def with_other_queries(screen, split):
-    """The same screen with other counts in the query cells."""
-    query = (split.roles == "query").to_numpy()
-    counts = screen.counts.toarray()
-    counts[query] = np.random.default_rng(0).poisson(3.0, counts[query].shape)
-    return replace(screen, counts=csr_matrix(counts.astype(np.float32)), fingerprint=screen.fingerprint)
-
-
 def saved_files(encoder, directory):
     encoder.save(directory)
     return {
@@ -277,7 +268,7 @@ def test_nothing_fitted_depends_on_a_query_cell(wide, tmp_path, name, encoder):
     def fit(prepared):
         return fit_baseline(encoder, prepared, seed=0, search=search)
 
-    screens_ = (wide, with_other_queries(wide, split))
+    screens_ = (wide, toy.with_other_queries(wide, split))
     (fitted, mine), (_, theirs) = (
         fitted_on(s, split, fit, tmp_path / str(i)) for i, s in enumerate(screens_)
     )
@@ -308,7 +299,7 @@ def test_nothing_fitted_in_a_network_depends_on_a_query_cell(wide, tmp_path, nam
             lambda prepared: fit_scgpt(prepared, seed=0, settings=settings_, report=lambda line: None),
             tmp_path / str(number),
         )[1]
-        for number, screen in enumerate((wide, with_other_queries(wide, split)))
+        for number, screen in enumerate((wide, toy.with_other_queries(wide, split)))
     ]
     assert made[0] == made[1]
 

@@ -222,3 +222,11 @@ def environment(**changes):
     """Of a new process that finds this package."""
     path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **changes}
+
+
+def with_other_queries(screen, split):
+    """The same screen with other counts in the query cells."""
+    query = (split.roles == "query").to_numpy()
+    counts = screen.counts.toarray()
+    counts[query] = np.random.default_rng(0).poisson(3.0, counts[query].shape)
+    return replace(screen, counts=csr_matrix(counts.astype(np.float32)), fingerprint=screen.fingerprint)
